@@ -1,0 +1,56 @@
+"""Checkpoints for distributed training: declare how state is shared, and the rest is done.
+
+Names are imported when they are first used, so that `fgckpt ls` on a login node does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from forgather_ckpt.component import StateComponent, Target
+    from forgather_ckpt.coordinator import CheckpointCoordinator
+    from forgather_ckpt.errors import CheckpointError
+    from forgather_ckpt.load import LoadReport
+    from forgather_ckpt.manifest import CheckpointManifest
+    from forgather_ckpt.optimizer import NamedOptimizer
+    from forgather_ckpt.patterns import SharingPattern, ValidationLevel
+    from forgather_ckpt.rng import RNGState
+    from forgather_ckpt.topology import Topology
+
+_MODULES = {
+    "CheckpointCoordinator": "coordinator",
+    "CheckpointError": "errors",
+    "CheckpointManifest": "manifest",
+    "LoadReport": "load",
+    "NamedOptimizer": "optimizer",
+    "RNGState": "rng",
+    "SharingPattern": "patterns",
+    "StateComponent": "component",
+    "Target": "component",
+    "Topology": "topology",
+    "ValidationLevel": "patterns",
+}
+
+__all__ = [
+    "CheckpointCoordinator",
+    "CheckpointError",
+    "CheckpointManifest",
+    "LoadReport",
+    "NamedOptimizer",
+    "RNGState",
+    "SharingPattern",
+    "StateComponent",
+    "Target",
+    "Topology",
+    "ValidationLevel",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'forgather_ckpt' has no attribute {name!r}")
+    return getattr(import_module(f"forgather_ckpt.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

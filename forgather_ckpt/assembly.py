@@ -1,0 +1,186 @@
+"""How the stored pieces of a component become a state dict: which bytes go where, before any is read.
+
+Per item the destination is, in this order: what the stateful's `load_targets` says; the live tensor of that name,
+filled in place where dtype, shape and layout fit; else a new tensor in host memory.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from forgather_ckpt import structure, values
+from forgather_ckpt.component import Available, Target
+from forgather_ckpt.dtypes import ITEM_BYTES
+from forgather_ckpt.errors import FormatError, LoadMismatch
+from forgather_ckpt.index import AliasRow, IndexEntry, TensorRow, ValueRow
+from forgather_ckpt.reading import Wanted
+from forgather_ckpt.structure import State
+
+
+@dataclass(frozen=True)
+class Stored:
+    """All rows of one entry of a component, from all its writers, by item name."""
+
+    component: str
+    tensors: Mapping[str, Sequence[TensorRow]]
+    """The pieces of each tensor, in order; together they are the whole."""
+    values: Mapping[str, ValueRow]
+    aliases: Mapping[str, AliasRow]
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.tensors, *self.values, *self.aliases}
+
+    def available(self) -> dict[str, Available]:
+        """What `load_targets` is told."""
+        told = {name: Available(rows[0].dtype, rows[0].shape) for name, rows in self.tensors.items()}
+        return told | {name: Available(None, None) for name in self.values}
+
+    def only(self, wanted: set[str]) -> "Stored":
+        """The items in `wanted`, and the tensors that aliases among them stand for."""
+        targets = {self.aliases[name].target for name in wanted & set(self.aliases)}
+        kept = wanted | targets
+        return Stored(
+            self.component,
+            {name: rows for name, rows in self.tensors.items() if name in kept},
+            {name: row for name, row in self.values.items() if name in kept},
+            {name: row for name, row in self.aliases.items() if name in kept},
+        )
+
+
+def gather(component: str, parts: Sequence[IndexEntry]) -> Stored:
+    """Join what the writers stored of one entry; `FormatError` where it does not make up whole items."""
+    pieces: dict[str, list[TensorRow]] = defaultdict(list)
+    for part in parts:
+        for row in part.tensors:
+            pieces[row.name].append(row)
+    for name, rows in pieces.items():
+        rows.sort(key=lambda row: row.bounds)
+        _check_whole(component, name, rows)
+    stored_values = {row.name: row for part in parts for row in part.values}
+    aliases = {row.name: row for part in parts for row in part.aliases}
+    count = sum(len(part.values) + len(part.aliases) for part in parts)
+    stored = Stored(component, pieces, stored_values, aliases)
+    if count != len(stored_values) + len(aliases) or len(stored.names) != len(pieces) + count:
+        raise FormatError(f"component {component!r}: the indexes hold an item twice", component=component)
+    for alias in aliases.values():
+        if alias.target not in pieces:
+            raise FormatError(
+                f"component {component!r}: {alias.name!r} stands for {alias.target!r}, which is not there"
+            )
+    return stored
+
+
+def _check_whole(component: str, name: str, rows: Sequence[TensorRow]) -> None:
+    first = rows[0]
+    position = 0
+    for row in rows:
+        start, stop = row.bounds
+        if (row.dtype, row.shape, row.box) != (first.dtype, first.shape, None) or start != position:
+            break
+        position = stop
+    total = ITEM_BYTES[first.dtype]
+    for length in first.shape:
+        total *= length
+    if position != total:
+        raise FormatError(
+            f"component {component!r}: the pieces of {name!r} do not make up the whole tensor", component=component
+        )
+
+
+@dataclass
+class Assembly:
+    """A state dict in the making: `wanted` says what to read where; when that is done, `state_dict` returns it."""
+
+    wanted: list[Wanted] = field(default_factory=list)
+    _leaves: list[tuple[int, str, Any]] = field(default_factory=list)
+    _copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def state_dict(self) -> dict[Any, Any]:
+        """The state dict, after the bytes have been read. Called once: it hands its tensors over."""
+        with torch.no_grad():
+            for target, source in self._copies:
+                target.copy_(source)
+        return structure.restore(self._leaves)
+
+
+def assemble(
+    stored: Stored, live: State | None, targets: Mapping[str, Target | None], *, staged: bool = False
+) -> Assembly:
+    """Plan the state dict of `stored`. With `staged`, nothing is read into live memory.
+
+    `LoadMismatch` where a live tensor, that no target replaces, has another dtype or shape than the stored one.
+    """
+    assembly = Assembly()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, rows in stored.tensors.items():
+        if name in targets and targets[name] is None:
+            continue
+        tensors[name] = _place(assembly, stored.component, rows, live, targets.get(name), staged=staged)
+        assembly._leaves.append((rows[0].order, name, tensors[name]))
+    for name, value in stored.values.items():
+        if name not in targets or targets[name] is not None:
+            assembly._leaves.append((value.order, name, values.decode(value.value)))
+    for name, alias in stored.aliases.items():
+        if alias.target in tensors:
+            assembly._leaves.append((alias.order, name, tensors[alias.target]))
+    return assembly
+
+
+def _place(
+    assembly: Assembly,
+    component: str,
+    rows: Sequence[TensorRow],
+    live: State | None,
+    target: Target | None,
+    *,
+    staged: bool,
+) -> torch.Tensor:
+    """The tensor that will be in the state dict, with its pieces' destinations noted."""
+    first = rows[0]
+    dtype = getattr(torch, first.dtype)
+    existing = live.tensors.get(first.name) if live is not None and target is None else None
+    if existing is not None:
+        if (existing.dtype, existing.shape) != (first.dtype, first.shape):
+            raise LoadMismatch(
+                f"component {component!r}: {first.name!r} is {first.dtype} {list(first.shape)} in the checkpoint and "
+                f"{existing.dtype} {list(existing.shape)} in the job; build the job as it was saved, or give the stateful "
+                "a load_targets()",
+                component=component,
+            )
+        if not staged and _is_dense(existing.tensor):
+            tensor = existing.tensor
+            if tensor.is_contiguous():
+                _want(assembly, component, rows, tensor)
+            else:
+                source = torch.empty(first.shape, dtype=dtype)
+                _want(assembly, component, rows, source)
+                assembly._copies.append((tensor, source))
+            return tensor
+    device = "cpu" if target is None or staged else target.device
+    tensor = torch.empty(first.shape, dtype=dtype, device=device)
+    _want(assembly, component, rows, tensor)
+    return tensor
+
+
+def _want(assembly: Assembly, component: str, rows: Sequence[TensorRow], tensor: torch.Tensor) -> None:
+    flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    for row in rows:
+        start, stop = row.bounds
+        assembly.wanted.append(Wanted(component, row, flat[start:stop]))
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether each element has memory of its own, so that the tensor can be filled in place."""
+    if tensor.is_conj() or tensor.is_neg():
+        return False
+    expected = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length > 1:
+            if stride < expected:
+                return False
+            expected = stride * length
+    return True

@@ -1,0 +1,227 @@
+"""Control messages among the ranks: one outcome a rank to rank 0, one verdict back to all.
+
+They go through the job's store, never through a process group, so they work with a gloo, an NCCL-only or no
+default group, name the ranks that are missing, and leave nothing broken behind when a rank fails. Nobody else in
+the package talks to the store or calls a collective.
+
+The rule that prevents hangs (DESIGN invariant 4): local work runs *inside* `agree`, so no `return`, `raise` or
+rank test can stand between a rank and an exchange that its peers will enter.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from forgather_ckpt.errors import CheckpointError, RankFailed, RankTimeout, from_wire
+from forgather_ckpt.liveness import ProcessId
+from forgather_ckpt.replication import describe
+
+GRACE_SECONDS = 2.0
+"""How much longer than rank 0 the others wait, so that rank 0, which knows who is missing, speaks first."""
+_LIVENESS_SECONDS = 0.25
+_MAX_POLL_SECONDS = 0.05
+_KEPT_OPERATIONS = 4
+"""Verdicts of so many operations stay in the store, for ranks that come late to one that has failed."""
+
+
+class Comm:
+    """The ranks of a job, joined through a store of their own (see `discovery.connect`).
+
+    Not thread-safe: one operation at a time, on one thread.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, processes: Sequence[ProcessId], *, timeout_seconds: float) -> None:
+        self.rank = rank
+        self.world_size = len(processes)
+        self.timeout_seconds = timeout_seconds
+        self._store = store
+        self._processes = processes
+        self._operation = 0
+        self._phase = 0
+        self._posted: list[list[str]] = []
+        self._next_beat = 0.0
+
+    def begin_operation(self) -> None:
+        """Start a save, load or check: every rank starts the same ones in the same order. Fresh keys for each, so
+        that a failed operation leaves the next one untouched."""
+        self._operation += 1
+        self._phase = 0
+        self._posted.append([])
+        while len(self._posted) > _KEPT_OPERATIONS:
+            for key in self._posted.pop(0):
+                self._store.delete_key(key)
+
+    def agree(self, phase: str, work: Callable[[], Any], decide: Callable[[list[Any]], Any] | None = None) -> Any:
+        """Run `work` on every rank, let rank 0 `decide` over all results, and return its decision on every rank.
+
+        Results and decision must be JSON. If `work` raises on any rank, or `decide` on rank 0, or a rank does not
+        answer in time, every rank raises the same error. Without `decide` only the success is agreed.
+        """
+        message, cause = self._attempt(phase, work)
+        self._phase += 1
+        prefix = f"{self._operation}/{self._phase}"
+        self._post(f"{prefix}/{self.rank}", message)
+        if "error" in message:
+            self._store.add(f"{prefix}/failed", 1)
+        if isinstance(cause, BaseException) and not isinstance(cause, Exception):
+            raise cause  # KeyboardInterrupt, SystemExit: the others know, this rank obeys
+        verdict = self._lead(prefix, phase, decide) if self.rank == 0 else self._follow(prefix, phase)
+        if "error" in verdict:
+            raise from_wire(verdict["error"]) from cause
+        return verdict["ok"]
+
+    def beat(self) -> None:
+        """Tell the others that this rank makes progress: their deadline starts anew. Cheap, call it often."""
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat = now + min(1.0, self.timeout_seconds / 10)
+            self._store.add(f"beat/{self.rank}", 1)
+
+    def _attempt(self, phase: str, work: Callable[[], Any]) -> tuple[dict[str, Any], BaseException | None]:
+        try:
+            return {"ok": work()}, None
+        except CheckpointError as err:
+            return {"error": err.at(rank=self.rank).to_wire(), "known": True}, err
+        except BaseException as err:
+            failure = RankFailed(f"{type(err).__name__}: {err}", rank=self.rank)
+            return {"error": failure.to_wire()}, err
+
+    def _post(self, key: str, message: dict[str, Any]) -> None:
+        self._posted[-1].append(key)
+        self._store.set(key, json.dumps(message))
+
+    def _lead(self, prefix: str, phase: str, decide: Callable[[list[Any]], Any] | None) -> dict[str, Any]:
+        try:
+            messages = self._collect(prefix, phase)
+            failures = {rank: message for rank, message in messages.items() if "error" in message}
+            if failures:
+                raise one_error(phase, failures)
+            self._claim(prefix)
+            results = [messages[rank]["ok"] for rank in range(self.world_size)]
+            verdict = {"ok": decide(results) if decide else None}
+        except CheckpointError as err:
+            verdict = {"error": err.to_wire()}
+        except Exception as err:
+            verdict = {"error": RankFailed(f"{phase} failed on rank 0: {type(err).__name__}: {err}", rank=0).to_wire()}
+        except BaseException as err:
+            failure = RankFailed(f"{phase} was interrupted on rank 0 by {type(err).__name__}", rank=0)
+            self._post(f"{prefix}/verdict", {"error": failure.to_wire()})
+            raise
+        self._post(f"{prefix}/verdict", verdict)
+        return verdict
+
+    def _claim(self, prefix: str) -> None:
+        """Decide only if nobody has given up on this phase: an impatient rank's error is the verdict then."""
+        current = self._store.compare_set(f"{prefix}/claim", "", "0")
+        if current != b"0":
+            raise from_wire(json.loads(current))
+
+    def _collect(self, prefix: str, phase: str) -> dict[int, dict[str, Any]]:
+        keys = {rank: f"{prefix}/{rank}" for rank in range(self.world_size)}
+        patience = _Patience(self)
+        while not self._store.check(list(keys.values())):
+            if self._store.check([f"{prefix}/failed"]):
+                break
+            if patience.look_around():
+                pending = [rank for rank, key in keys.items() if not self._store.check([key])]
+                if dead := [rank for rank in pending if self._is_dead(rank)]:
+                    raise RankTimeout(f"{phase} failed: {self._name_dead(dead)}", rank=dead[0])
+                if late := patience.late(pending):
+                    raise RankTimeout(
+                        f"{phase} failed: no answer from {_ranks(late)} within {self.timeout_seconds:g} s "
+                        f"(timeout_seconds); stopped, stuck before this point, or cut off",
+                        rank=late[0],
+                    )
+        return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._store.check([key])}
+
+    def _follow(self, prefix: str, phase: str) -> dict[str, Any]:
+        key = f"{prefix}/verdict"
+        patience = _Patience(self, grace_seconds=GRACE_SECONDS)
+        has_given_up = False
+        while not self._store.check([key]):
+            if not patience.look_around():
+                continue
+            for rank in range(1, self.world_size):  # rank 0 cannot see processes of other nodes
+                if rank != self.rank and self._processes[rank].is_dead(self._processes[self.rank]):
+                    self._store.set(f"dead/{rank}", "1")
+            if self._is_dead(0):
+                error = RankTimeout(f"{phase} failed: {self._name_dead([0])}", rank=0)
+            elif patience.late([0]):
+                error = RankTimeout(f"{phase} failed: no verdict from rank 0 within the deadline", rank=0)
+            else:
+                continue
+            # If rank 0 has begun to decide, its verdict counts: wait for it once more.
+            current = self._store.compare_set(f"{prefix}/claim", "", json.dumps(error.to_wire()))
+            if current != b"0":
+                return {"error": json.loads(current)}
+            if has_given_up or self._is_dead(0):
+                return {"error": error.to_wire()}
+            has_given_up, patience = True, _Patience(self, grace_seconds=GRACE_SECONDS)
+        verdict: dict[str, Any] = json.loads(self._store.get(key))
+        return verdict
+
+    def _is_dead(self, rank: int) -> bool:
+        return self._processes[rank].is_dead(self._processes[self.rank]) or self._store.check([f"dead/{rank}"])
+
+    def _name_dead(self, ranks: Sequence[int]) -> str:
+        return ", ".join(f"rank {rank} (pid {self._processes[rank].pid})" for rank in ranks) + " died"
+
+    def progress_of(self, rank: int) -> int:
+        return int(self._store.add(f"beat/{rank}", 0))
+
+
+class _Patience:
+    """Waiting with a deadline that progress extends: short sleeps, and now and then a look at the others."""
+
+    def __init__(self, comm: Comm, *, grace_seconds: float = 0.0) -> None:
+        self._comm = comm
+        self._limit = comm.timeout_seconds + grace_seconds
+        self._pause = 0.0005
+        now = time.monotonic()
+        self._started = now
+        self._next_look = now + _LIVENESS_SECONDS
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def look_around(self) -> bool:
+        """Sleep a little; True when it is time to ask who is alive."""
+        time.sleep(self._pause)
+        self._pause = min(self._pause * 1.5, _MAX_POLL_SECONDS)
+        now = time.monotonic()
+        if now < self._next_look:
+            return False
+        self._next_look = now + _LIVENESS_SECONDS
+        return True
+
+    def late(self, ranks: Sequence[int]) -> list[int]:
+        """Those of `ranks` that have shown no progress for longer than the limit."""
+        now = time.monotonic()
+        late = []
+        for rank in ranks:
+            beats = self._comm.progress_of(rank)
+            seen = self._seen.get(rank)
+            if seen is None:
+                self._seen[rank] = (beats, self._started)
+            elif seen[0] != beats:
+                self._seen[rank] = (beats, now)
+                self._comm.beat()  # who waits for a rank that makes progress makes progress
+            if now - self._seen[rank][1] > self._limit:
+                late.append(rank)
+        return late
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {describe(tuple(ranks))}"
+
+
+def one_error(phase: str, failures: dict[int, dict[str, Any]]) -> CheckpointError:
+    """One error for all ranks: the lowest failing rank's type, and every different message with its ranks."""
+    by_message: dict[str, list[int]] = {}
+    for rank, message in sorted(failures.items()):
+        by_message.setdefault(message["error"]["message"], []).append(rank)
+    told = "; ".join(f"on {_ranks(ranks)}: {text}" for text, ranks in list(by_message.items())[:4])
+    more = f"; and {len(by_message) - 4} more" if len(by_message) > 4 else ""
+    first = failures[min(failures)]["error"]
+    return from_wire({**first, "message": f"{phase} failed {told}{more}"})

@@ -1,0 +1,105 @@
+"""From a fresh directory to a checkpoint: begin, publish, abandon. Called by rank 0 alone.
+
+The order, of which each step makes the next one safe (DESIGN invariants 1-3):
+
+    begin      make .tmp-checkpoint-<step>-<nonce>, a directory that no reader trusts
+    (all)      data files: create exclusively, write, fsync each; index files likewise; report
+    publish    manifest: write, fsync; fsync the directory; rename it to its final name; fsync the parent
+
+A checkpoint of the same step is replaced by exchanging the two directories in one step. Where the file system
+refuses that, the old one is renamed to `checkpoint-<step>.replaced-<nonce>`, where the catalog still finds it,
+then the new one takes the name, then the old one is discarded: at every instant one of the two is there.
+"""
+
+import contextlib
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from forgather_ckpt import files, paths
+from forgather_ckpt.catalog import scan
+from forgather_ckpt.errors import StorageError
+from forgather_ckpt.manifest import CheckpointManifest
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A checkpoint that is being written and that no reader sees."""
+
+    run: Path
+    step: int
+    sequence: int
+    nonce: str
+
+    @property
+    def directory(self) -> Path:
+        return self.run / paths.temporary(self.step, self.nonce)
+
+    @property
+    def final(self) -> Path:
+        return self.run / paths.checkpoint(self.step)
+
+
+def begin(run: Path, step: int) -> Draft:
+    """Make the directory that a new checkpoint of `step` is written to.
+
+    The final name may be taken by an earlier checkpoint, which will be replaced, but not by anything else.
+    """
+    with files.typed_errors(run, "making a directory for the checkpoint"):
+        files.make_directory(run)
+        draft = Draft(run, step, scan(run).next_sequence, secrets.token_hex(6))
+        if os.path.lexists(draft.final) and not (draft.final / paths.MANIFEST).exists():
+            raise StorageError(
+                f"{draft.final} exists and is not a checkpoint of ours (it has no {paths.MANIFEST}); move it away",
+                path=str(draft.final),
+            )
+        draft.directory.mkdir()
+        return draft
+
+
+def publish(draft: Draft, manifest: CheckpointManifest) -> tuple[Path, str]:
+    """Commit: when this returns, the checkpoint survives power loss; until then the previous one does.
+
+    Returns where it is, and the manifest's digest.
+    """
+    data = manifest.to_bytes()
+    with files.typed_errors(draft.directory, "committing the checkpoint"):
+        files.write_new(draft.directory / paths.MANIFEST, data)
+        files.sync_directory(draft.directory)
+        old = _take_name(draft)
+        files.sync_directory(draft.run)
+    if old is not None:
+        _discard_quietly(old, draft.nonce)
+    return draft.final, CheckpointManifest.from_bytes(data).digest
+
+
+def _take_name(draft: Draft) -> Path | None:
+    """Give the draft its final name; returns where the checkpoint that had the name is now."""
+    if not draft.final.exists():
+        draft.directory.rename(draft.final)
+        return None
+    if files.exchange(draft.directory, draft.final):
+        return draft.directory
+    old = draft.run / paths.replaced(draft.step, draft.nonce)
+    draft.final.rename(old)
+    files.sync_directory(draft.run)
+    draft.directory.rename(draft.final)
+    return old
+
+
+def abandon(draft: Draft) -> None:
+    """Remove what a failed save left. Never raises: the failure itself is the news."""
+    _discard_quietly(draft.directory, draft.nonce)
+
+
+def sweep(run: Path) -> None:
+    """Delete what dead jobs left unfinished. Only for the owner of the run directory's lease."""
+    for path in scan(run).unfinished:
+        _discard_quietly(path, "swept")
+
+
+def _discard_quietly(path: Path, nonce: str) -> None:
+    # What stays behind is no checkpoint, and the next owner of the run directory sweeps it.
+    with contextlib.suppress(OSError):
+        files.discard(path, nonce)

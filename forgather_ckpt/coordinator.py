@@ -1,0 +1,152 @@
+"""`CheckpointCoordinator`: saves and loads what a trainer declares, on all ranks together."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from forgather_ckpt import commit, manifest
+from forgather_ckpt.declarations import Source
+from forgather_ckpt.discovery import ProcessGroups, connect
+from forgather_ckpt.errors import DeclarationError
+from forgather_ckpt.job import Job
+from forgather_ckpt.lease import Lease
+from forgather_ckpt.load import LoadReport, Torn, load, refuse_torn, torn_error
+from forgather_ckpt.load import Request as LoadRequest
+from forgather_ckpt.save import Request as SaveRequest
+from forgather_ckpt.save import Saved, save
+from forgather_ckpt.topology import Topology
+from forgather_ckpt.validate import ReplicationReport, validate
+
+
+class CheckpointCoordinator:
+    """Saves, loads and checks the components of a job. Every rank makes one and calls the same methods.
+
+    >>> with CheckpointCoordinator(trainer, "runs/a") as coordinator:
+    ...     coordinator.save_checkpoint(step=1000)
+    ...     coordinator.load_checkpoint()
+
+    `source` is any object with `get_state_components()` (asked at every save and load), or a list of components.
+    `process_groups`, for PER_GROUP, is `{name: group}`, a `DeviceMesh`, or both; taken from the source where it has
+    `get_process_groups()`. `timeout_seconds` is how long a rank may show no progress before the others give up and
+    name it. `on_mismatch`: whether copies that differ are an error, or a warning and the majority's are stored.
+    `training_args` go into the manifest, without secrets.
+
+    Not thread-safe. Every failure is a `CheckpointError`, the same on all ranks, and leaves the coordinator usable.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        output_dir: str | Path,
+        *,
+        process_groups: ProcessGroups = None,
+        timeout_seconds: float = 600,
+        shared_filesystem: bool = True,
+        on_mismatch: Literal["error", "warn"] = "error",
+        training_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        def check() -> None:
+            if not shared_filesystem:
+                raise DeclarationError(
+                    "shared_filesystem=False is not available yet; use a directory that all nodes share"
+                )
+            if on_mismatch not in ("error", "warn"):
+                raise DeclarationError(f"on_mismatch is {on_mismatch!r}; use 'error' or 'warn'")
+            if not timeout_seconds > 0:
+                raise DeclarationError(f"timeout_seconds is {timeout_seconds!r}; use a positive number")
+            if not (isinstance(source, Sequence) or callable(getattr(source, "get_state_components", None))):
+                raise DeclarationError(
+                    f"{type(source).__name__} has no get_state_components(); give an object that has, or a list of "
+                    "StateComponent"
+                )
+
+        if process_groups is None and hasattr(source, "get_process_groups"):
+            process_groups = source.get_process_groups()
+        comm, topology = connect(process_groups, timeout_seconds=timeout_seconds, check=check)
+        comm.begin_operation()
+        run_id = comm.agree("naming the run", lambda: None, lambda _: secrets.token_hex(8))
+        # rank 0's directory is everybody's: ranks may have been started in different ones
+        run = comm.agree("choosing the run directory", lambda: None, lambda _: str(Path(output_dir).absolute()))
+        self._job = Job(comm, topology, source, Path(run), run_id, on_mismatch, dict(training_args or {}))
+        self._lease: Lease | None = None
+        self._parent: dict[str, Any] | None = None
+        self._torn: tuple[str, ...] = ()
+
+    @property
+    def topology(self) -> Topology:
+        """The ranks, nodes and groups of the job."""
+        return self._job.topology
+
+    def save_checkpoint(
+        self,
+        step: int,
+        *,
+        epoch: float | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        kind: str = "periodic",
+    ) -> Path:
+        """Store the state of all components; returns the checkpoint's path, the same on every rank.
+
+        When it returns, the checkpoint survives power loss; until then the previous one does. An earlier checkpoint
+        of the same step is replaced. `kind` is "periodic", "epoch", "emergency" or "final". `metrics` are rank 0's.
+        """
+
+        def prepare() -> None:
+            if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+                raise DeclarationError(f"step is {step!r}; use a number of steps, from 0")
+            if kind not in manifest.KINDS:
+                raise DeclarationError(f"kind is {kind!r}; use one of {', '.join(manifest.KINDS)}")
+            if self._torn:
+                raise refuse_torn(self._torn)
+            if self._job.comm.rank == 0 and self._lease is None:
+                self._lease = Lease(self._job.run)
+                commit.sweep(self._job.run)
+
+        request = SaveRequest(step, epoch, kind, dict(metrics or {}))
+        saved: Saved = save(self._job, request, prepare=prepare, parent=self._parent)
+        self._parent = saved.lineage()
+        return saved.path
+
+    def load_checkpoint(
+        self,
+        which: str | int | Path | None = None,
+        *,
+        components: Sequence[str] | None = None,
+        strict: bool = True,
+        staged: bool = False,
+    ) -> LoadReport:
+        """Load one checkpoint into the live state of all ranks.
+
+        `which`: None or "latest" (the newest that is good; damaged ones are passed over), "latest~1", a step, or a
+        path. `components` loads only those. `strict=False` skips what is optional or unknown, and the report says
+        what. `staged=True` reads all into host memory first: a damaged checkpoint then touches nothing.
+        """
+        request = LoadRequest(which, None if components is None else tuple(components), strict, staged)
+        try:
+            report = load(self._job, request)
+        except Torn as torn:
+            self._torn = tuple(dict.fromkeys((*self._torn, *torn.components)))
+            raise torn_error(torn) from torn.error
+        self._torn = tuple(key for key in self._torn if key not in report.loaded)
+        self._parent = {"step": report.step, "sequence": report.sequence, "digest": report.digest}
+        return report
+
+    def validate_replication(self) -> Mapping[str, ReplicationReport]:
+        """Compare the copies of all components without saving: a report for each that has several holders."""
+        return validate(self._job)
+
+    def close(self) -> None:
+        """Give the run directory back to other jobs. A second call does nothing."""
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,243 @@
+"""Who is in the job and where: the first exchange, which yields a `Topology` and a `Comm`.
+
+Node identity is torchrun's group rank, never the host name, so that two agents on one machine are two nodes;
+without torchrun it is Slurm's or the MPI launcher's node number, then the machine's boot id.
+"""
+
+import itertools
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeAlias
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from forgather_ckpt.comm import Comm, one_error
+from forgather_ckpt.errors import CheckpointError, DeclarationError, RankFailed, RankTimeout
+from forgather_ckpt.liveness import ProcessId
+from forgather_ckpt.replication import describe
+from forgather_ckpt.topology import Group, Ranks, Topology
+
+ProcessGroups: TypeAlias = "DeviceMesh | Mapping[str, dist.ProcessGroup | DeviceMesh | None] | None"
+"""`{name: group}`, a named `DeviceMesh`, or both: a mesh may be a value of the mapping, under any key."""
+
+_NODE_SOURCES = (
+    ("GROUP_RANK", "torchrun group rank"),
+    ("SLURM_NODEID", "slurm node id"),
+    ("PALS_NODEID", "mpi node number"),
+)
+_POLL_SECONDS = 0.005
+_connections = itertools.count()
+
+
+def connect(
+    process_groups: ProcessGroups, *, timeout_seconds: float, check: Callable[[], None] = lambda: None
+) -> tuple[Comm, Topology]:
+    """Join the ranks of the job. Every rank calls it, as often as the others and in the same order.
+
+    `check` is local work whose failure all ranks shall hear of. Which ranks exist comes from the default process
+    group where there is one, else from RANK and WORLD_SIZE; a process that is alone needs neither.
+    """
+    store, rank, world_size = _job_store(timeout_seconds)
+    hello: dict[str, Any] = {"token": secrets.token_hex(8)}
+    cause: BaseException | None = None
+    try:
+        check()
+        hello |= {"process": ProcessId.own().to_json(), **_local_facts(process_groups)}
+    except Exception as err:
+        cause = err
+        known = err if isinstance(err, CheckpointError) else RankFailed(f"{type(err).__name__}: {err}")
+        hello["error"] = known.at(rank=rank).to_wire()
+    store = dist.PrefixStore(f"forgather_ckpt/{next(_connections)}", store)
+    meeting = _Meeting(store, rank, world_size, timeout_seconds)
+    nonce, hellos = meeting.host(hello) if rank == 0 else meeting.attend(hello)
+    try:
+        failures = {rank: hello for rank, hello in enumerate(hellos) if "error" in hello}
+        if failures:
+            raise one_error("connecting", failures)
+        topology = assemble(hellos, rank)
+    except CheckpointError as err:
+        raise err from cause
+    processes = [ProcessId.from_json(hello["process"]) for hello in hellos]
+    return Comm(dist.PrefixStore(nonce, store), rank, processes, timeout_seconds=timeout_seconds), topology
+
+
+def assemble(hellos: Sequence[Mapping[str, Any]], rank: int) -> Topology:
+    """The topology from what every rank said of itself: pure, the same on all ranks."""
+    sources = [next(iter(hello["node"].items())) for hello in hellos]
+    kinds = {source for source, _ in sources}
+    if len(kinds) > 1:
+        raise DeclarationError(f"the ranks name their nodes in different ways: {sorted(kinds)}")
+    nodes: dict[Any, list[int]] = {}
+    for number, (_, node) in enumerate(sources):
+        nodes.setdefault(node, []).append(number)
+    ordered = nodes.values() if kinds == {"boot id"} else [nodes[node] for node in sorted(nodes)]
+    return Topology(
+        rank=rank,
+        world_size=len(hellos),
+        nodes=tuple(tuple(ranks) for ranks in ordered),
+        node_source=kinds.pop(),
+        groups={**_bare_groups(hellos), **_mesh_groups(hellos)},
+    )
+
+
+def _bare_groups(hellos: Sequence[Mapping[str, Any]]) -> dict[str, Group]:
+    groups: dict[str, Group] = {}
+    for name in sorted({name for hello in hellos for name in hello["groups"]}):
+        sets: dict[Ranks, None] = {}
+        for number, hello in enumerate(hellos):
+            if name not in hello["groups"]:
+                raise DeclarationError(
+                    f"rank {number} gives no process group {name!r}, other ranks do; every rank returns every name, "
+                    "with None where it is not a member",
+                    rank=number,
+                )
+            if (members := hello["groups"][name]) is not None:
+                sets[tuple(members)] = None
+        members = [rank for ranks in sets for rank in ranks]
+        if len(members) != len(set(members)):
+            raise DeclarationError(
+                f"the process groups {name!r} overlap: {sorted(sets)}; one name means disjoint groups"
+            )
+        groups[name] = Group(tuple(sorted(sets)))
+    return groups
+
+
+def _mesh_groups(hellos: Sequence[Mapping[str, Any]]) -> dict[str, Group]:
+    groups: dict[str, Group] = {}
+    for mesh in {json.dumps(mesh): mesh for hello in hellos for mesh in hello["meshes"]}.values():
+        axes, places = mesh["axes"], {tuple(place): rank for place, rank in mesh["places"]}
+        sizes = [1 + max(place[i] for place in places) for i in range(len(axes))]
+        for i, axis in enumerate(axes):
+            sets: dict[tuple[int, ...], list[int]] = {}
+            for place in sorted(places):
+                sets.setdefault(place[:i] + place[i + 1 :], []).append(places[place])
+            others = [(name, size) for name, size in zip(axes, sizes, strict=True) if name != axis]
+            group = Group(
+                tuple(tuple(ranks) for ranks in sets.values()),
+                tuple(tuple((name, at, size) for (name, size), at in zip(others, rest, strict=True)) for rest in sets),
+            )
+            if groups.setdefault(axis, group) != group:
+                raise DeclarationError(
+                    f"two meshes have an axis {axis!r} of different ranks; name the axes differently"
+                )
+    return groups
+
+
+def _local_facts(process_groups: ProcessGroups) -> dict[str, Any]:
+    groups: dict[str, Ranks | None] = {}
+    meshes: list[dict[str, Any]] = []
+    named = {"mesh": process_groups} if isinstance(process_groups, DeviceMesh) else (process_groups or {})
+    for name, group in named.items():
+        if isinstance(group, DeviceMesh):
+            meshes.append(_mesh_facts(group, name))
+        elif not isinstance(group, dist.ProcessGroup):  # None, or GroupMember.NON_GROUP_MEMBER
+            groups[name] = None
+        else:
+            groups[name] = tuple(sorted(dist.get_process_group_ranks(group)))
+    return {"node": _node(), "groups": groups, "meshes": meshes}
+
+
+def _mesh_facts(mesh: DeviceMesh, name: str) -> dict[str, Any]:
+    axes = mesh.mesh_dim_names
+    if axes is None:
+        if mesh.ndim != 1:
+            raise DeclarationError(f"the device mesh {name!r} has no axis names; pass mesh_dim_names=")
+        axes = (name,)
+    places = [[list(place), int(mesh.mesh[place])] for place in itertools.product(*map(range, mesh.mesh.shape))]
+    return {"axes": list(axes), "places": places}
+
+
+def _node() -> dict[str, Any]:
+    for variable, source in _NODE_SOURCES:
+        if variable in os.environ:
+            return {source: int(os.environ[variable])}
+    return {"boot id": ProcessId.own().realm}
+
+
+def _job_store(timeout_seconds: float) -> tuple[dist.Store, int, int]:
+    """A connection of our own to the job's store, this rank, the world size."""
+    if dist.is_initialized():
+        store: Any = dist.distributed_c10d._get_default_store()
+        return store.clone(), dist.get_rank(), dist.get_world_size()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return dist.HashStore(), 0, 1
+    rank = int(os.environ["RANK"])
+    store, _, _ = next(
+        dist.rendezvous("env://", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds))
+    )
+    return store, rank, world_size
+
+
+class _Meeting:
+    """The first exchange, in a store that may still hold an earlier generation's messages (elastic restarts).
+
+    Every hello carries a fresh token. Rank 0 publishes the hellos it read under a fresh nonce; a rank accepts
+    them only if its own token is among them, and rank 0 goes only when all have accepted. Otherwise a hello was
+    stale: rank 0 sees it change and publishes anew.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> None:
+        self._store = store
+        self._rank = rank
+        self._world_size = world_size
+        self._timeout_seconds = timeout_seconds
+        self._deadline = time.monotonic() + timeout_seconds
+
+    def host(self, hello: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+        others = range(1, self._world_size)
+        self._wait(lambda: [rank for rank in others if not self._store.check([f"hello/{rank}"])])
+        while True:
+            nonce = secrets.token_hex(8)
+            hellos = [hello] + [json.loads(self._store.get(f"hello/{rank}")) for rank in others]
+            self._store.set("welcome", json.dumps({"nonce": nonce, "hellos": hellos}))
+            if self._all_accept(nonce, hellos):
+                self._store.set(f"go/{nonce}", "1")
+                return nonce, hellos
+
+    def _all_accept(self, nonce: str, hellos: list[dict[str, Any]]) -> bool:
+        def missing() -> list[int]:
+            return [rank for rank in range(1, self._world_size) if not self._store.check([f"accept/{nonce}/{rank}"])]
+
+        def is_stale(rank: int) -> bool:
+            return bool(json.loads(self._store.get(f"hello/{rank}"))["token"] != hellos[rank]["token"])
+
+        stale: list[int] = []
+
+        def waited_for() -> list[int]:
+            pending = missing()
+            stale.extend(rank for rank in pending if is_stale(rank))
+            return [] if stale else pending
+
+        self._wait(waited_for)
+        return not stale
+
+    def attend(self, hello: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+        self._store.set(f"hello/{self._rank}", json.dumps(hello))
+        accepted: dict[str, Any] = {}
+
+        def waited_for() -> list[int]:
+            if self._store.check(["welcome"]):
+                welcome = json.loads(self._store.get("welcome"))
+                if any(other["token"] == hello["token"] for other in welcome["hellos"]):
+                    accepted.update(welcome)
+                    self._store.set(f"accept/{welcome['nonce']}/{self._rank}", "1")
+            return [] if accepted and self._store.check([f"go/{accepted['nonce']}"]) else [0]
+
+        self._wait(waited_for)
+        return accepted["nonce"], accepted["hellos"]
+
+    def _wait(self, waited_for: Callable[[], list[int]]) -> None:
+        while pending := waited_for():
+            if time.monotonic() > self._deadline:
+                raise RankTimeout(
+                    f"connecting failed: no answer from ranks {describe(tuple(pending))} within "
+                    f"{self._timeout_seconds:g} s; every rank must make its coordinator",
+                    rank=pending[0],
+                )
+            time.sleep(_POLL_SECONDS)

@@ -1,0 +1,54 @@
+"""What one rank holds of each agreed portion."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from forgather_ckpt.portions import Portion
+from forgather_ckpt.structure import AliasItem, State, TensorItem, ValueItem
+
+
+@dataclass(frozen=True)
+class Holding:
+    """The items of one portion, as this rank holds them. `number` is the portion's place in the agreed list."""
+
+    number: int
+    portion: Portion
+    tensors: Mapping[str, TensorItem]
+    values: Mapping[str, ValueItem]
+    aliases: Mapping[str, AliasItem]
+
+
+def holdings(portions: Sequence[Portion], states: Mapping[str, State], rank: int) -> list[Holding]:
+    """The holdings of `rank`, whose own state of each component is in `states`."""
+    named: dict[str, set[str]] = {}
+    for portion in portions:
+        if rank in portion.holders and portion.names is not None:
+            named.setdefault(portion.component, set()).update(portion.names)
+    result = []
+    for number, portion in enumerate(portions):
+        if rank not in portion.holders:
+            continue
+        state = states[portion.component]
+        if portion.names is None:
+            elsewhere = named.get(portion.component, set())
+            names = [name for name in _names(state) if name not in elsewhere] if elsewhere else None
+        else:
+            names = list(portion.names)
+        result.append(_holding(number, portion, state, names))
+    return result
+
+
+def _names(state: State) -> list[str]:
+    return [*state.tensors, *state.values, *state.aliases]
+
+
+def _holding(number: int, portion: Portion, state: State, names: list[str] | None) -> Holding:
+    if names is None:
+        return Holding(number, portion, state.tensors, state.values, state.aliases)
+    return Holding(
+        number,
+        portion,
+        {name: state.tensors[name] for name in names if name in state.tensors},
+        {name: state.values[name] for name in names if name in state.values},
+        {name: state.aliases[name] for name in names if name in state.aliases},
+    )

@@ -1,0 +1,145 @@
+"""From what all ranks report of their writing to a manifest: pure."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from forgather_ckpt import hashtree
+from forgather_ckpt.errors import StorageError
+from forgather_ckpt.manifest import ComponentRecord, EntryRecord, FileRecord, Validation
+from forgather_ckpt.portions import Declared, Portion
+from forgather_ckpt.topology import Topology
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """What one rank says it has durably written."""
+
+    files: Mapping[str, tuple[int, str]]
+    indexes: Mapping[str, Sequence[tuple[str, str]]]
+    num_bytes: Mapping[int, int]
+    """Portion number -> bytes of tensors written."""
+    digests: Mapping[int, str]
+    """Portion number -> digest of its state, of those that this rank wrote alone."""
+    weights: Mapping[str, str]
+    """Tensor name -> file, of the component `model` where several ranks write it."""
+    seconds: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "WriteReport":
+        return cls(
+            files={name: (size, digest) for name, (size, digest) in data["files"].items()},
+            indexes={name: [(key, entry) for key, entry in pairs] for name, pairs in data["indexes"].items()},
+            num_bytes={int(number): size for number, size in data["num_bytes"].items()},
+            digests={int(number): digest for number, digest in data["digests"].items()},
+            weights=data["weights"],
+            seconds=data["seconds"],
+        )
+
+
+def file_records(reports: Sequence[WriteReport]) -> dict[str, FileRecord]:
+    """All files by name; two ranks that claim one name are an error, never a choice."""
+    records: dict[str, FileRecord] = {}
+    for rank, report in enumerate(reports):
+        for name, (size, digest) in report.files.items():
+            if name in records:
+                raise StorageError(f"ranks {records[name].writer} and {rank} both wrote {name!r}")
+            records[name] = FileRecord(size, digest, rank)
+    return records
+
+
+def component_records(
+    declared: Sequence[Declared],
+    portions: Sequence[Portion],
+    reports: Sequence[WriteReport],
+    digests: Mapping[int, str],
+    validations: Mapping[str, Validation],
+    metadata: Mapping[str, Mapping[str, Any]],
+    topology: Topology,
+) -> dict[str, ComponentRecord]:
+    """The inventory of all components.
+
+    `digests` are the portions' state digests that the replication check agreed on; the others come from their only
+    writer. `StorageError` where fewer or more bytes were written than agreed.
+    """
+    records = {}
+    for component in declared:
+        own = [(number, portion) for number, portion in enumerate(portions) if portion.component == component.key]
+        sets = {group.id: group for group in component.sets(topology)}
+        entries = {}
+        for entry in dict.fromkeys(portion.entry for _, portion in own):
+            parts = [(number, portion) for number, portion in own if portion.entry == entry]
+            entries[entry] = EntryRecord(
+                ranks=sets[entry].ranks if entry in sets else tuple(sorted({r for _, p in parts for r in p.holders})),
+                coordinates=sets[entry].coordinates if entry in sets else None,
+                writers=_writers(parts, reports),
+                num_items=sum(portion.num_items for _, portion in parts),
+                num_bytes=_checked_bytes(parts, reports),
+                digest=_joined(_digest(number, reports, digests) for number, _ in parts),
+            )
+        records[component.key] = ComponentRecord(
+            pattern=component.pattern,
+            names="global" if component.is_global else "local",
+            required=component.required,
+            group=component.group,
+            entries=entries,
+            digest=_joined(entry.digest for entry in entries.values()),
+            validation=validations[component.key],
+            metadata=metadata[component.key],
+        )
+    return records
+
+
+def weight_map(reports: Sequence[WriteReport]) -> dict[str, Any]:
+    """The ecosystem's index of the component `model`; empty where one file holds it."""
+    merged = {name: file for report in reports for name, file in report.weights.items()}
+    if len(set(merged.values())) < 2:
+        return {}
+    return {"metadata": {}, "weight_map": dict(sorted(merged.items()))}
+
+
+def timings(reports: Sequence[WriteReport]) -> dict[str, list[float]]:
+    """Phase -> seconds by rank."""
+    columns: dict[str, list[float]] = defaultdict(list)
+    for report in reports:
+        for phase, seconds in report.seconds.items():
+            columns[phase].append(round(seconds, 6))
+    return dict(columns)
+
+
+def _writers(parts: Sequence[tuple[int, Portion]], reports: Sequence[WriteReport]) -> tuple[int, ...]:
+    pairs = {(portion.component, portion.entry) for _, portion in parts}
+    return tuple(
+        rank
+        for rank, report in enumerate(reports)
+        if any(tuple(pair) in pairs for listed in report.indexes.values() for pair in listed)
+    )
+
+
+def _checked_bytes(parts: Sequence[tuple[int, Portion]], reports: Sequence[WriteReport]) -> int:
+    total = 0
+    for number, portion in parts:
+        written = sum(report.num_bytes.get(number, 0) for report in reports)
+        if written != portion.num_bytes:
+            raise StorageError(
+                f"component {portion.component!r}, entry {portion.entry!r}: {written} bytes were written, "
+                f"{portion.num_bytes} agreed; nothing is committed",
+                component=portion.component,
+            )
+        total += written
+    return total
+
+
+def _digest(number: int, reports: Sequence[WriteReport], digests: Mapping[int, str]) -> str:
+    if number in digests:
+        return digests[number]
+    return next(report.digests[number] for report in reports if number in report.digests)
+
+
+def _joined(digests: object) -> str:
+    parts = [bytes.fromhex(digest) for digest in digests]  # type: ignore[attr-defined]
+    return hashtree.join(parts).hex() if parts else hashtree.digest(b"").hex()

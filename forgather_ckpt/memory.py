@@ -1,0 +1,60 @@
+"""The bytes of live tensors: read in C order block by block, and written in place."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from forgather_ckpt import hashtree
+from forgather_ckpt.hashtree import BLOCK_BYTES
+from forgather_ckpt.structure import AliasItem, TensorItem, ValueItem
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's elements in C order as 1-D uint8, sharing its memory where it is contiguous, else a copy."""
+    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return dense.reshape(-1).view(torch.uint8) if dense.numel() else torch.empty(0, dtype=torch.uint8)
+
+
+def host_view(flat: torch.Tensor) -> memoryview:
+    """The memory of a contiguous uint8 CPU tensor, without a copy. Valid as long as the tensor is."""
+    return flat.numpy().data
+
+
+def blocks(flat: torch.Tensor, start: int, stop: int) -> Iterator[memoryview]:
+    """Bytes `start` to `stop` of a `flat_bytes` tensor in host memory, at most one block at a time.
+
+    A view is valid until the next one is asked for.
+    """
+    if flat.device.type == "cpu":
+        view = host_view(flat)
+        for at in range(start, stop, BLOCK_BYTES):
+            yield view[at : min(stop, at + BLOCK_BYTES)]
+        return
+    bounce = torch.empty(min(BLOCK_BYTES, stop - start), dtype=torch.uint8, pin_memory=True)
+    for at in range(start, stop, BLOCK_BYTES):
+        length = min(stop - at, BLOCK_BYTES)
+        bounce[:length].copy_(flat[at : at + length])
+        yield host_view(bounce)[:length]
+
+
+def tensor_blocks(tensor: torch.Tensor) -> tuple[bytes, ...]:
+    """The block digests of a whole tensor, on the host: equal content in another layout or on another device has
+    equal ones. `hashtree.join` makes its logical digest of them."""
+    flat = flat_bytes(tensor)
+    return tuple(hashtree.digest(block) for block in blocks(flat, 0, flat.numel())) or (hashtree.digest(b""),)
+
+
+def records(
+    tensors: Iterable[TensorItem],
+    values: Iterable[ValueItem],
+    aliases: Iterable[AliasItem],
+    digests: Mapping[str, bytes],
+) -> Iterator[tuple[str, bytes, bytes]]:
+    """The records of items in the digest of their state (`hashtree.state_digest`), given their tensors' logical
+    digests by name."""
+    for item in tensors:
+        yield item.name, hashtree.tensor_structure(item.dtype, item.shape), digests[item.name]
+    for value in values:
+        yield value.name, b"value", hashtree.digest(value.data)
+    for alias in aliases:
+        yield alias.name, b"alias", hashtree.digest(alias.target.encode())

@@ -1,0 +1,90 @@
+"""Item names: the path to a leaf of a state dict as one string, and back.
+
+The path's keys are joined by `/`. A str key stands for itself, with `~` written `~0` and `/` written `~1`;
+an int key is `~i0`, a list index `~l0`, a tuple index `~t0`; any other key is `~k` and its typed JSON, escaped
+in the same way. So a flat state dict keeps its own names, and different paths have different names.
+Every name is valid Unicode: a str key that is not (lone surrogates) is written as `~k` too.
+"""
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from forgather_ckpt import values
+from forgather_ckpt.errors import FormatError
+
+
+@dataclass(frozen=True)
+class ListIndex:
+    """A step into a list."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class TupleIndex:
+    """A step into a tuple."""
+
+    index: int
+
+
+Path: TypeAlias = tuple[Any, ...]
+"""Steps from the root of a state dict to a leaf: dict keys as they are, `ListIndex`, `TupleIndex`. Never empty."""
+
+
+def encode_path(path: Path) -> str:
+    """The name of the leaf at `path`; `values.NotPlain` where a key is not plain data."""
+    return "/".join(encode_step(step) for step in path)
+
+
+def encode_step(step: Any) -> str:
+    kind = type(step)
+    if kind is str:
+        try:
+            step.encode("utf-8")
+            return _escape(step)
+        except UnicodeEncodeError:
+            return "~k" + _escape(values.dumps(step).decode("ascii"))
+    if kind is int:
+        return f"~i{step}"
+    if kind is ListIndex:
+        return f"~l{step.index}"
+    if kind is TupleIndex:
+        return f"~t{step.index}"
+    return "~k" + _escape(values.dumps(step).decode("ascii"))
+
+
+def decode_path(name: str) -> Path:
+    """The path that `encode_path` named; `FormatError` where no path has this name."""
+    path = tuple(_decode_step(segment) for segment in name.split("/"))
+    if encode_path(path) != name:
+        raise FormatError(f"item name {name!r} is not in canonical form")
+    return path
+
+
+def _decode_step(segment: str) -> Any:
+    kind, rest = segment[:2], segment[2:]
+    try:
+        if kind == "~i":
+            return int(rest)
+        if kind == "~l":
+            return ListIndex(int(rest))
+        if kind == "~t":
+            return TupleIndex(int(rest))
+    except ValueError:
+        raise FormatError(f"item name segment {segment!r} has no number after {kind!r}") from None
+    if kind == "~k":
+        key = values.loads(_unescape(rest).encode("utf-8"))
+        try:
+            hash(key)
+        except TypeError:
+            raise FormatError(f"item name segment {segment!r} is not a dict key") from None
+        return key
+    return _unescape(segment)
+
+
+def _escape(text: str) -> str:
+    return text.replace("~", "~0").replace("/", "~1")
+
+
+def _unescape(text: str) -> str:
+    return text.replace("~1", "/").replace("~0", "~")

@@ -1,0 +1,152 @@
+"""`NamedOptimizer`: an optimizer's state under the names of its parameters."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from forgather_ckpt.component import Available, StateDict, Target
+from forgather_ckpt.errors import DeclarationError, LoadMismatch
+
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def unwrapped_name(name: str) -> str:
+    """A parameter's name without what DDP and `torch.compile` put before it, at any depth."""
+    return ".".join(part for part in name.split(".") if f"{part}." not in _WRAPPERS)
+
+
+class NamedOptimizer:
+    """The state of a torch optimizer by parameter name, so that any later layout can read it.
+
+    Items are flat and unique over the job: `state.<parameter>.exp_avg`, `groups.<parameter>.lr`. Dtypes come back
+    exactly as they were (torch's own loading casts moments to the parameter's dtype), and an optimizer that has no
+    state yet loads without a step being run.
+
+    >>> StateComponent("optimizer", NamedOptimizer(optimizer, [model]), SharingPattern.REPLICATED)
+
+    `model_parts` are the modules that own the optimizer's parameters; several only where their names are disjoint.
+    """
+
+    def __init__(self, optimizer: Optimizer, model_parts: Iterable[nn.Module]) -> None:
+        self.optimizer = optimizer
+        self._names: dict[nn.Parameter, str] = {}
+        owners: dict[str, nn.Parameter] = {}
+        for part in model_parts:
+            for wrapped, parameter in part.named_parameters():
+                name = unwrapped_name(wrapped)
+                if owners.setdefault(name, parameter) is not parameter:
+                    raise DeclarationError(f"two parameters are called {name!r}; name the model's parts differently")
+                self._names.setdefault(parameter, name)
+        self._parameters = {name: parameter for parameter, name in self._names.items()}
+
+    def state_dict(self) -> StateDict:
+        """References to the live state, flat. Values that are not tensors are the groups' hyperparameters."""
+        state: StateDict = {}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                name = self._name(parameter)
+                for key, value in self.optimizer.state.get(parameter, {}).items():
+                    state[f"state.{name}.{key}"] = value
+                for key, value in group.items():
+                    if key != "params":
+                        state[f"groups.{name}.{key}"] = value
+        return state
+
+    def load_targets(self, available: Mapping[str, Available]) -> dict[str, Target | None]:
+        """State goes to the device of the parameter that it belongs to; of other layers' parameters nothing is
+        wanted."""
+        targets: dict[str, Target | None] = {}
+        for item, what in available.items():
+            kind, name, key = self._parse(item)
+            if name is None:
+                targets[item] = None
+            elif what.dtype is None or kind == "groups":
+                targets[item] = Target("cpu")
+            else:
+                targets[item] = Target(self._device(self._parameters[name], key))
+        return {item: target for item, target in targets.items() if not self._is_live(item, target)}
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Take over the tensors in `state_dict`, whose memory is the optimizer's from then on."""
+        states: dict[str, dict[str, Any]] = {}
+        groups: dict[str, dict[str, Any]] = {}
+        for item, value in state_dict.items():
+            kind, name, key = self._parse(item)
+            if name is None:
+                raise LoadMismatch(f"{item!r} belongs to no parameter of this optimizer's model")
+            (states if kind == "state" else groups).setdefault(name, {})[key] = value
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                name = self._name(parameter)
+                loaded = {key: self._placed(parameter, key, value) for key, value in states.get(name, {}).items()}
+                if loaded:
+                    self.optimizer.state[parameter] = loaded
+                else:
+                    self.optimizer.state.pop(parameter, None)
+            self._load_group(group, groups)
+
+    def _load_group(self, group: dict[str, Any], groups: Mapping[str, Mapping[str, Any]]) -> None:
+        """A group's hyperparameters are stored with each of its parameters; they must still agree."""
+        for parameter in group["params"]:
+            name = self._name(parameter)
+            if name not in groups:
+                raise LoadMismatch(f"the checkpoint has no optimizer state for the parameter {name!r}")
+            first = self._name(group["params"][0])
+            for key, value in groups[name].items():
+                if not _equal(groups[first].get(key), value):
+                    raise LoadMismatch(
+                        f"{key} of {name!r} is {value!r} and of {first!r} {groups[first].get(key)!r} in the checkpoint, but "
+                        "both are in one parameter group now; group the parameters as they were saved"
+                    )
+        if group["params"]:
+            for key, value in groups[self._name(group["params"][0])].items():
+                current = group.get(key)
+                if isinstance(current, torch.Tensor) and isinstance(value, torch.Tensor):
+                    current.copy_(value)  # a captured graph may refer to the tensor
+                else:
+                    group[key] = value
+
+    def _name(self, parameter: nn.Parameter) -> str:
+        try:
+            return self._names[parameter]
+        except KeyError:
+            raise DeclarationError(
+                f"the optimizer has a parameter of shape {list(parameter.shape)} that is in none of the model_parts; pass "
+                "all modules that it optimizes"
+            ) from None
+
+    def _parse(self, item: str) -> tuple[str, str | None, str]:
+        """`state.<parameter>.<key>` in its three parts; the parameter is None where it is not one of ours."""
+        kind, _, rest = item.partition(".")
+        if kind in ("state", "groups"):
+            name = rest
+            while name := name.rpartition(".")[0]:
+                if name in self._parameters:
+                    return kind, name, rest[len(name) + 1 :]
+        return kind, None, ""
+
+    def _placed(self, parameter: nn.Parameter, key: str, value: Any) -> Any:
+        return value.to(self._device(parameter, key)) if isinstance(value, torch.Tensor) else value
+
+    def _device(self, parameter: nn.Parameter, key: str) -> torch.device:
+        """Where torch keeps an item of the state: step counters in host memory, unless captured or fused."""
+        if key != "step":
+            return parameter.device
+        group = next(group for group in self.optimizer.param_groups if any(p is parameter for p in group["params"]))
+        return parameter.device if group.get("capturable") or group.get("fused") else torch.device("cpu")
+
+    def _is_live(self, item: str, target: Target | None) -> bool:
+        """Whether the item exists already, so that it can be filled in place."""
+        kind, name, key = self._parse(item)
+        if target is None or name is None or kind != "state":
+            return False
+        return key in self.optimizer.state.get(self._parameters[name], {})
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)

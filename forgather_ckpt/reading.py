@@ -1,0 +1,102 @@
+"""Verified reading: every block is hashed and compared before any of its bytes go where they are wanted."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from os import close
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from forgather_ckpt import files, hashtree
+from forgather_ckpt.errors import CheckpointDamaged
+from forgather_ckpt.hashtree import BLOCK_BYTES
+from forgather_ckpt.index import TensorRow
+
+NUM_THREADS = 2
+IN_FLIGHT = 16
+
+
+class Wanted(NamedTuple):
+    """One stored piece and where it goes: `destination` is 1-D uint8 of the piece's length, on any device."""
+
+    component: str
+    row: TensorRow
+    destination: torch.Tensor
+
+
+class _Block(NamedTuple):
+    wanted: Wanted
+    number: int
+    start: int
+    stop: int
+
+
+def read(directory: Path, wanted: Sequence[Wanted], *, on_progress: Callable[[], None] = lambda: None) -> None:
+    """Fill the destinations of all `wanted` pieces from the files of a checkpoint.
+
+    `CheckpointDamaged` at the first block that does not have its digest, or that is not there; some destinations
+    are filled by then, none with bytes that were not verified. `StorageError` where the file system fails.
+    """
+    by_file: dict[str, list[Wanted]] = {}
+    for one in wanted:
+        by_file.setdefault(one.row.file, []).append(one)
+    with files.typed_errors(directory, "reading the checkpoint"), ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(NUM_THREADS))
+        in_flight: deque[Future[None]] = deque()
+        for name, pieces in by_file.items():
+            descriptor = files.open_to_read(directory / name)
+            stack.callback(close, descriptor)
+            for run in _runs(sorted(pieces, key=lambda one: one.row.offset)):
+                if len(in_flight) == IN_FLIGHT:
+                    in_flight.popleft().result()
+                    on_progress()
+                in_flight.append(pool.submit(_read_run, descriptor, run))
+        for future in in_flight:
+            future.result()
+            on_progress()
+
+
+def _runs(wanted: Sequence[Wanted]) -> Iterator[list[_Block]]:
+    """Neighbouring blocks of a file, at most one block's bytes together: one request each."""
+    run: list[_Block] = []
+    for one in wanted:
+        for number, (start, stop) in enumerate(hashtree.block_bounds(one.row.num_bytes)):
+            block = _Block(one, number, one.row.offset + start, one.row.offset + stop)
+            if run and not (run[-1].stop <= block.start and block.stop - run[0].start <= BLOCK_BYTES):
+                yield run
+                run = []
+            run.append(block)
+    if run:
+        yield run
+
+
+def _read_run(descriptor: int, run: Sequence[_Block]) -> None:
+    start = run[0].start
+    buffer = bytearray(run[-1].stop - start)
+    view = memoryview(buffer)
+    count = files.read_at(descriptor, view, start)
+    for block in run:
+        data = view[block.start - start : block.stop - start]
+        is_short = block.stop - start > count
+        if is_short or hashtree.digest(data) != block.wanted.row.block_digests()[block.number]:
+            raise damaged(block.wanted, block.number, is_short=is_short)
+    for block in run:
+        if block.stop > block.start:
+            offset = block.number * BLOCK_BYTES
+            data = view[block.start - start : block.stop - start]
+            block.wanted.destination[offset : offset + len(data)].copy_(torch.frombuffer(data, dtype=torch.uint8))
+
+
+def damaged(wanted: Wanted, number: int, *, is_short: bool) -> CheckpointDamaged:
+    row = wanted.row
+    first = row.offset + number * BLOCK_BYTES
+    problem = "ends before it" if is_short else "does not have the digest that was recorded"
+    return CheckpointDamaged(
+        f"component {wanted.component!r}: tensor {row.name!r}, block {number + 1} of {len(row.block_digests())} "
+        f"(from byte {first} of {row.file}) {problem}",
+        component=wanted.component,
+        path=row.file,
+    )

@@ -1,0 +1,234 @@
+"""State dicts as flat lists of named items, and back.
+
+A dict is always descended into; a list or tuple only where a dict or a tensor lies below it, otherwise it is one
+value. What is not a tensor is a value and must be plain data (see `values`). Tensors are references to live
+memory: nothing is copied here.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from forgather_ckpt import hashtree, names, strict_json, values
+from forgather_ckpt.dtypes import ITEM_BYTES
+from forgather_ckpt.errors import FormatError, StructureError
+from forgather_ckpt.names import ListIndex, Path, TupleIndex
+
+_PLAIN_TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
+
+
+class TensorItem(NamedTuple):
+    """A tensor of a state dict: `tensor` is the live one."""
+
+    name: str
+    order: int
+    tensor: torch.Tensor
+
+    @property
+    def dtype(self) -> str:
+        return str(self.tensor.dtype).removeprefix("torch.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
+
+
+class ValueItem(NamedTuple):
+    """A value of a state dict, and its typed JSON."""
+
+    name: str
+    order: int
+    value: Any
+    data: bytes
+
+
+class AliasItem(NamedTuple):
+    """Another name of the same tensor: tied weights."""
+
+    name: str
+    order: int
+    target: str
+
+
+@dataclass(frozen=True)
+class State:
+    """The items of one state dict, by name."""
+
+    tensors: Mapping[str, TensorItem]
+    values: Mapping[str, ValueItem]
+    aliases: Mapping[str, AliasItem]
+
+    @property
+    def num_items(self) -> int:
+        return len(self.tensors) + len(self.values) + len(self.aliases)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(item.num_bytes for item in self.tensors.values())
+
+    def table(self) -> list[list[Any]]:
+        """What must be equal between copies besides the bytes, in the order of names: `[name, kind, …]` an item."""
+        rows: list[list[Any]] = [[item.name, "tensor", item.dtype, list(item.shape)] for item in self.tensors.values()]
+        rows += [[item.name, "value"] for item in self.values.values()]
+        rows += [[item.name, "alias", item.target] for item in self.aliases.values()]
+        return sorted(rows)
+
+    def structure_digest(self) -> bytes:
+        return hashtree.digest(strict_json.dumps(self.table()))
+
+
+def capture(state_dict: Any) -> State:
+    """The items of `state_dict`; `StructureError` with the path of the first leaf that cannot be stored."""
+    if not isinstance(state_dict, Mapping):
+        raise StructureError(f"state_dict() returned a {type(state_dict).__name__}; expected a dict")
+    walk = _Walk()
+    try:
+        walk.visit_dict(state_dict, ())
+    except RecursionError:
+        raise StructureError("the state dict is nested too deeply, or contains itself") from None
+    return State(walk.tensors, walk.values, walk.aliases)
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.tensors: dict[str, TensorItem] = {}
+        self.values: dict[str, ValueItem] = {}
+        self.aliases: dict[str, AliasItem] = {}
+        self._order = 0
+        self._owners: dict[tuple[Any, ...], str] = {}
+
+    def visit_dict(self, mapping: Mapping[Any, Any], path: Path) -> None:
+        for key, value in mapping.items():
+            self._visit(value, (*path, key))
+
+    def _visit(self, value: Any, path: Path) -> None:
+        if isinstance(value, torch.Tensor):
+            self._add_tensor(value, path)
+        elif isinstance(value, dict) and value:
+            self.visit_dict(value, path)
+        elif type(value) in (list, tuple) and _has_items(value):
+            step = ListIndex if type(value) is list else TupleIndex
+            for index, item in enumerate(value):
+                self._visit(item, (*path, step(index)))
+        else:
+            self._add_value({} if isinstance(value, dict) else value, path)
+
+    def _name(self, path: Path) -> str:
+        try:
+            return names.encode_path(path)
+        except values.NotPlain as err:
+            raise StructureError(f"{describe_path(path)}: the key {path[-1]!r}: {err.reason}") from None
+
+    def _add_tensor(self, tensor: torch.Tensor, path: Path) -> None:
+        name = self._name(path)
+        if reason := _why_not_storable(tensor):
+            raise StructureError(f"{name}: {reason}")
+        self._order += 1
+        if tensor.numel() and not tensor.is_conj() and not tensor.is_neg():
+            memory = (
+                tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(),
+                tensor.dtype, tensor.device,
+            )  # fmt: skip
+            owner = self._owners.setdefault(memory, name)
+            if owner != name:
+                self.aliases[name] = AliasItem(name, self._order, owner)
+                return
+        self.tensors[name] = TensorItem(name, self._order, tensor.detach())
+
+    def _add_value(self, value: Any, path: Path) -> None:
+        name = self._name(path)
+        try:
+            data = values.dumps(value)
+        except values.NotPlain as err:
+            raise StructureError(f"{'/'.join((name, *err.steps))}: {err.reason}") from None
+        self._order += 1
+        self.values[name] = ValueItem(name, self._order, value, data)
+
+
+def describe_path(path: Path) -> str:
+    return "/".join(step if isinstance(step, str) else repr(step) for step in path)
+
+
+def _has_items(sequence: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether a dict or a tensor lies somewhere below, so that its leaves deserve names of their own."""
+    return any(
+        isinstance(item, (torch.Tensor, dict)) or (type(item) in (list, tuple) and _has_items(item))
+        for item in sequence
+    )
+
+
+def _why_not_storable(tensor: torch.Tensor) -> str | None:
+    if type(tensor) not in _PLAIN_TENSORS:
+        return f"tensors of type {type(tensor).__name__} cannot be checkpointed; return plain tensors"
+    if tensor.is_meta:
+        return "a meta tensor has no data; materialize it before saving"
+    if tensor.is_quantized:
+        return "quantized tensors cannot be checkpointed; store int_repr(), scale and zero point"
+    if tensor.layout != torch.strided:
+        return f"tensors of layout {tensor.layout} cannot be checkpointed; store their indices and values"
+    if str(tensor.dtype).removeprefix("torch.") not in ITEM_BYTES:
+        return f"tensors of dtype {tensor.dtype} cannot be checkpointed; convert them"
+    return None
+
+
+def restore(items: Iterable[tuple[int, str, Any]]) -> dict[Any, Any]:
+    """The state dict from `(order, name, value)` of its leaves, in any order.
+
+    `FormatError` where the names do not form one: a leaf below a leaf, or a list with holes.
+    """
+    root = _Node(dict)
+    for _, name, value in sorted(items, key=lambda item: item[:2]):
+        path = names.decode_path(name)
+        node = root
+        for step, following in itertools.pairwise(path):
+            node = node.descend(step, _container_of(following), name)
+        node.add(path[-1], value, name)
+    built: dict[Any, Any] = root.build()
+    return built
+
+
+def _container_of(step: Any) -> type:
+    return list if type(step) is ListIndex else tuple if type(step) is TupleIndex else dict
+
+
+class _Node:
+    """A container that is being rebuilt."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.children: dict[Any, Any] = {}
+
+    def descend(self, step: Any, kind: type, name: str) -> "_Node":
+        key = _key(step)
+        child = self.children.setdefault(key, _Node(kind))
+        if not isinstance(child, _Node) or child.kind is not kind:
+            raise FormatError(f"item name {name!r} contradicts another name of the same state")
+        return child
+
+    def add(self, step: Any, value: Any, name: str) -> None:
+        if _key(step) in self.children:
+            raise FormatError(f"item {name!r} appears twice")
+        self.children[_key(step)] = value
+
+    def build(self) -> Any:
+        built = {step: child.build() if isinstance(child, _Node) else child for step, child in self.children.items()}
+        if self.kind is dict:
+            return {step[1]: value for step, value in built.items()}
+        indexes = sorted(step[1].index for step in built)
+        if indexes != list(range(len(built))):
+            raise FormatError(f"a list of {len(built)} items has the indexes {indexes[:8]}")
+        by_index = {step[1].index: value for step, value in built.items()}
+        return self.kind(by_index[index] for index in indexes)
+
+
+def _key(step: Any) -> tuple[type, Any]:
+    """Steps told apart as names tell them apart: 1, True and 1.0 are equal keys of a dict, but different names."""
+    return type(step), step

@@ -1,0 +1,108 @@
+"""What a training run is told: names and defaults as in Hugging Face's `TrainingArguments`, where they exist."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SAVE_STRATEGIES = ("no", "steps", "epoch")
+LR_SCHEDULERS = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """Settings of one run; refused here, with what to write instead, rather than hours later."""
+
+    output_dir: str | Path
+    seed: int = 42
+
+    max_steps: int = -1
+    """Optimizer steps of the whole run, those before a resume included; -1: as many as `num_train_epochs` has."""
+    num_train_epochs: int = 3
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 clips nothing."""
+    lr_scheduler_type: str = "linear"
+    warmup_steps: int = 0
+
+    logging_steps: int = 500
+    save_strategy: str = "steps"
+    save_steps: int = 500
+    """With "steps": save when the step number is a multiple of this, so that a resume keeps the grid."""
+    resume_from_checkpoint: bool | int | str | Path = False
+    """True or "latest": the newest good checkpoint, an error if there is none; "auto": the newest good one, a
+    fresh start if there is none; a step (int) or a path: exactly that one."""
+
+    fp16: bool = False
+    bf16: bool = False
+    dataloader_num_workers: int = 0
+    dispatch_batches: bool = False
+    """Rank 0 reads the data for all ranks. It changes who reads, not which rank gets which samples."""
+    device: str | None = None
+    """None: the accelerator of this process if there is one, else the CPU."""
+    checkpoint_timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)!r}")
+        if not isinstance(self.max_steps, int) or (self.max_steps < 1 and self.max_steps != -1):
+            raise ValueError(
+                f"max_steps must be at least 1, or -1 to train for num_train_epochs, not {self.max_steps!r}"
+            )
+        if self.save_strategy not in SAVE_STRATEGIES:
+            raise ValueError(f"save_strategy must be one of {', '.join(SAVE_STRATEGIES)}, not {self.save_strategy!r}")
+        if self.lr_scheduler_type not in LR_SCHEDULERS:
+            raise ValueError(
+                f"lr_scheduler_type must be one of {', '.join(LR_SCHEDULERS)}, not {self.lr_scheduler_type!r}; "
+                "any other one is made by hand and given to the trainer as lr_scheduler="
+            )
+        if self.fp16 and self.bf16:
+            raise ValueError("fp16 and bf16 exclude each other; on hardware that has both, bf16 needs no loss scaling")
+        if not self.checkpoint_timeout_seconds > 0:
+            raise ValueError(f"checkpoint_timeout_seconds must be above 0, not {self.checkpoint_timeout_seconds!r}")
+        self._check_resume()
+
+    def _check_resume(self) -> None:
+        match self.resume_from_checkpoint:
+            case bool() | Path():
+                pass
+            case int(step) if step < 0:
+                raise ValueError(f"resume_from_checkpoint={step} is no step; write False to start fresh")
+            case str(text) if text == "" or text.isdigit():
+                raise ValueError(
+                    f"resume_from_checkpoint={text!r}: write a step as a number, resume_from_checkpoint=1000, "
+                    'or "latest", "auto", or a path'
+                )
+            case None:
+                raise ValueError("resume_from_checkpoint=None: write False to start fresh")
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype of the forward pass under mixed precision, None without it."""
+        return torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as plain data, for the manifest."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+_AT_LEAST = {
+    "seed": 0,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "save_steps": 1,
+    "dataloader_num_workers": 0,
+}

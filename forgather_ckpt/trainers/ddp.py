@@ -1,0 +1,117 @@
+"""The training loop on many processes, with `DistributedDataParallel`."""
+
+import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from forgather_ckpt.component import StateComponent
+from forgather_ckpt.coordinator import CheckpointCoordinator
+from forgather_ckpt.data.batches import Samples
+from forgather_ckpt.data.dispatch import DispatchingLoader
+from forgather_ckpt.data.loader import StatefulLoader
+from forgather_ckpt.data.position import merge_positions
+from forgather_ckpt.patterns import SharingPattern, ValidationLevel
+from forgather_ckpt.trainers.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class DDPTrainer(Trainer):
+    """A `Trainer` in each process of `torchrun`, kept in step by `DistributedDataParallel`.
+
+    The models need not be made alike: DDP gives all ranks rank 0's. Without a default process group, one is
+    made from torchrun's environment (NCCL on CUDA, else gloo); it stays until the process ends. With
+    `dispatch_batches=True`, only rank 0 needs a `train_dataset`.
+    """
+
+    shared = SharingPattern.REPLICATED
+    model_validation = ValidationLevel.TENSOR
+    wrapped: DistributedDataParallel
+
+    def join_job(self) -> tuple[torch.device, int, int]:
+        device = self._own_device()
+        if not dist.is_initialized():
+            if "RANK" not in os.environ:
+                raise RuntimeError(
+                    "DDPTrainer found no process group and no RANK in the environment: start it with torchrun, "
+                    "or call torch.distributed.init_process_group first; Trainer trains in one process"
+                )
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return device, dist.get_rank(), dist.get_world_size()
+
+    def _own_device(self) -> torch.device:
+        device = torch.device(self.args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
+
+    def wrap_model(self, model: nn.Module) -> DistributedDataParallel:
+        wrapped = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        lay_out_buckets(wrapped)
+        return wrapped
+
+    def create_loader(self, dataset: Samples | None) -> StatefulLoader:
+        if self.args.dispatch_batches:
+            return DispatchingLoader(dataset, **self.loader_options())
+        return super().create_loader(dataset)
+
+    def data_component(self) -> StateComponent:
+        if self.args.dispatch_batches:
+            return StateComponent("dataset", self.loader, SharingPattern.GLOBAL)
+        return StateComponent("dataset", self.loader, SharingPattern.PER_RANK, on_resize=merge_positions)
+
+    def gradient_exchange(self, is_last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if is_last else self.wrapped.no_sync()
+
+    def reduce_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(loss)
+        return loss / self.world_size
+
+    def save(self, coordinator: CheckpointCoordinator, kind: str) -> None:
+        # Buffers such as BatchNorm's differ until DDP copies rank 0's over the others', before the next forward
+        # pass. Doing that now changes nothing in the training, and makes the copies equal, as they are declared.
+        if self.wrapped.broadcast_buffers:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, src=0)
+        super().save(coordinator, kind)
+
+
+def lay_out_buckets(model: DistributedDataParallel) -> None:
+    """Have DDP decide now, and not after its first backward pass, which gradients it sums in one buffer.
+
+    The order in which more than two ranks add up a gradient depends on its place in the buffer, and float sums
+    depend on the order. Left alone, DDP sums the first step of every process in one layout and all later ones
+    in another: the first step after a resume would then differ in the last bits from the undisturbed run.
+
+    DDP goes by the order in which gradients came in its first backward pass. So it is given one, of zeros, in
+    which they come from the last parameter to the first, as they do in models that use them in order.
+    """
+    module = model.module
+    if any(getattr(part, "sparse", False) for part in module.modules()):
+        logger.warning("sparse gradients: a resume on more than two ranks is not exact to the last bit")
+        return
+    model.module = _ZeroLoss(module)
+    try:
+        model().backward()
+    finally:
+        model.module = module
+    model.zero_grad(set_to_none=True)
+
+
+class _ZeroLoss(nn.Module):
+    """A loss of zero on all parameters of a module; autograd goes through them from the last to the first."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self) -> torch.Tensor:
+        used = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        return torch.stack([parameter.sum().float() * 0 for parameter in used]).sum()

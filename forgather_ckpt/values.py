@@ -1,0 +1,257 @@
+"""Typed JSON: plain Python data as JSON that comes back as the same Python types.
+
+| Python | JSON |
+|---|---|
+| None, bool, str, finite float, int below 2^63 in magnitude | themselves |
+| other int | `{"$int": "0x…"}` |
+| nan, inf, -inf | `{"$float": "inf"}`; a NaN that is not the default one by its 16 hex digits |
+| list | array |
+| tuple, set, frozenset | `{"$tuple": […]}`, `{"$set": […]}`, `{"$frozenset": […]}` |
+| dict with str keys | object, unless it has a single key that begins with `$` |
+| any other dict | `{"$dict": [[key, value], …]}` |
+| bytes, bytearray | `{"$bytes": "<base64>"}`, `{"$bytearray": "<base64>"}` |
+| complex | `{"$complex": [real, imag]}` |
+| numpy array, numpy scalar | `{"$ndarray": [dtype, shape, "<base64, C order>"]}`, `{"$npscalar": [dtype, "<base64>"]}` |
+| torch.Size, torch.dtype, torch.device | `{"$size": […]}`, `{"$dtype": "bfloat16"}`, `{"$device": "cuda:0"}` |
+
+So an object is a tag exactly if it has one key and that begins with `$`. Anything else is refused: loading must
+never import or call what a file names. Subclasses of these types are refused too, since they would come back as
+something else; numpy and torch are imported only when a value needs them.
+"""
+
+import base64
+import math
+import struct
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from forgather_ckpt import strict_json
+from forgather_ckpt.errors import FormatError
+
+MAX_VALUE_BYTES = 64 << 20
+"""The longest typed JSON of one item. Larger data belongs into tensors."""
+
+_DEFAULT_NAN = "7ff8000000000000"
+
+
+class NotPlain(ValueError):
+    """A value that typed JSON cannot hold. `steps` leads from the outermost value to the offender."""
+
+    def __init__(self, reason: str, steps: tuple[str, ...] = ()) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.steps = steps
+
+
+def dumps(value: Any) -> bytes:
+    """Typed JSON of `value`, the same bytes for equal values of equal types; `NotPlain` if it is not plain data."""
+    try:
+        data = strict_json.dumps(encode(value))
+    except RecursionError:
+        raise NotPlain("is nested too deeply, or contains itself") from None
+    if len(data) > MAX_VALUE_BYTES:
+        raise NotPlain(f"takes {len(data)} bytes as a value, at most {MAX_VALUE_BYTES} are stored; make it a tensor")
+    return data
+
+
+def loads(data: bytes) -> Any:
+    """The value that `dumps` wrote; `FormatError` on anything else."""
+    return decode(strict_json.loads(data, what="value", max_bytes=MAX_VALUE_BYTES))
+
+
+def encode(value: Any) -> Any:
+    """The JSON value (of dicts, lists, str, numbers) that stands for `value`."""
+    kind = type(value)
+    if value is None or kind is bool or kind is str:
+        return value
+    if encoder := _ENCODERS.get(kind):
+        return encoder(value)
+    module = kind.__module__.partition(".")[0]
+    if module == "numpy" and (encoded := _encode_numpy(value)) is not None:
+        return encoded
+    if module == "torch" and (encoded := _encode_torch(value)) is not None:
+        return encoded
+    raise NotPlain(f"{_describe(value)} cannot be checkpointed; return numbers, strings, tensors, lists or dicts")
+
+
+def decode(data: Any) -> Any:
+    """The value that `encode` turned into `data`."""
+    if isinstance(data, list):
+        return [decode(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    if len(data) == 1:
+        [(tag, content)] = data.items()
+        if tag.startswith("$"):
+            decoder = _DECODERS.get(tag)
+            if decoder is None:
+                raise FormatError(f"a value has the unknown tag {tag!r}")
+            try:
+                return decoder(content)
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, struct.error) as err:
+                raise FormatError(f"a value tagged {tag!r} is malformed: {err}") from None
+    return {key: decode(item) for key, item in data.items()}
+
+
+def _describe(value: Any) -> str:
+    kind = type(value)
+    if kind.__module__ == "builtins":
+        return f"{kind.__name__} objects"
+    return f"objects of type {kind.__module__}.{kind.__qualname__}"
+
+
+def _sequence(values: Iterable[Any], letter: str) -> list[Any]:
+    result = []
+    for index, value in enumerate(values):
+        try:
+            result.append(encode(value))
+        except NotPlain as err:
+            raise NotPlain(err.reason, (f"~{letter}{index}", *err.steps)) from None
+    return result
+
+
+def _encode_int(value: int) -> Any:
+    return value if -(2**63) < value < 2**63 else {"$int": hex(value)}
+
+
+def _encode_float(value: float) -> Any:
+    if math.isfinite(value):
+        return value
+    if math.isinf(value):
+        return {"$float": "inf" if value > 0 else "-inf"}
+    bits = struct.pack(">d", value).hex()
+    return {"$float": "nan" if bits == _DEFAULT_NAN else bits}
+
+
+def _decode_float(text: str) -> float:
+    if text in ("nan", "inf", "-inf"):
+        return float(text)
+    return float(struct.unpack(">d", bytes.fromhex(text))[0])
+
+
+def _encode_dict(value: dict[Any, Any]) -> Any:
+    encoded = []
+    for key, item in value.items():
+        try:
+            encoded.append([encode(key), encode(item)])
+        except NotPlain as err:
+            raise NotPlain(err.reason, (str(key), *err.steps)) from None
+    only_strings = all(type(key) is str for key in value)
+    is_taglike = len(value) == 1 and only_strings and next(iter(value)).startswith("$")
+    if only_strings and not is_taglike:
+        return {key: item for key, item in encoded}
+    return {"$dict": encoded}
+
+
+def _encode_set(tag: str) -> Callable[[Any], Any]:
+    def encoder(value: Iterable[Any]) -> Any:  # sorted, since the order of a set depends on the hash seed
+        return {tag: sorted(_sequence(value, "s"), key=strict_json.dumps)}
+
+    return encoder
+
+
+def _encode_bytes(data: bytes | bytearray | memoryview) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _decode_bytes(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
+
+
+def _encode_numpy(value: Any) -> Any:
+    import numpy as np
+
+    if type(value) is not np.ndarray and not isinstance(value, np.generic):
+        return None
+    if value.dtype.hasobject:
+        raise NotPlain("a numpy array of Python objects cannot be checkpointed; use a numeric dtype or a list")
+    descr = np.lib.format.dtype_to_descr(value.dtype)
+    if np.lib.format.descr_to_dtype(descr) != value.dtype:
+        raise NotPlain(f"the numpy dtype {value.dtype} is not numpy's own; convert to a torch tensor")
+    data = _encode_bytes(value.tobytes())
+    if isinstance(value, np.generic):
+        return {"$npscalar": [encode(descr), data]}
+    return {"$ndarray": [encode(descr), list(value.shape), data]}
+
+
+def _decode_ndarray(content: Any) -> Any:
+    import numpy as np
+
+    descr, shape, data = content
+    dtype = np.lib.format.descr_to_dtype(decode(descr))
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects")
+    # a copy, as frombuffer's arrays are read-only; reshape checks the length before anything is allocated
+    return np.frombuffer(_decode_bytes(data), dtype).reshape(shape).copy()
+
+
+def _decode_npscalar(content: Any) -> Any:
+    descr, data = content
+    return _decode_ndarray([descr, [1], data])[0]
+
+
+def _encode_torch(value: Any) -> Any:
+    import torch
+
+    if type(value) is torch.Size:
+        return {"$size": [int(length) for length in value]}
+    if isinstance(value, torch.dtype):
+        return {"$dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"$device": str(value)}
+    return None
+
+
+def _decode_size(lengths: list[int]) -> Any:
+    import torch
+
+    return torch.Size(lengths)
+
+
+def _decode_dtype(name: str) -> Any:
+    import torch
+
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"torch.{name} is not a dtype")
+    return dtype
+
+
+def _decode_device(text: str) -> Any:
+    import torch
+
+    try:
+        return torch.device(text)
+    except RuntimeError as err:
+        raise ValueError(str(err)) from None
+
+
+_ENCODERS: dict[type, Callable[[Any], Any]] = {
+    int: _encode_int,
+    float: _encode_float,
+    list: lambda value: _sequence(value, "l"),
+    tuple: lambda value: {"$tuple": _sequence(value, "t")},
+    set: _encode_set("$set"),
+    frozenset: _encode_set("$frozenset"),
+    dict: _encode_dict,
+    bytes: lambda value: {"$bytes": _encode_bytes(value)},
+    bytearray: lambda value: {"$bytearray": _encode_bytes(value)},
+    complex: lambda value: {"$complex": [_encode_float(value.real), _encode_float(value.imag)]},
+}
+
+_DECODERS: dict[str, Callable[[Any], Any]] = {
+    "$int": lambda text: int(text, 16),
+    "$float": _decode_float,
+    "$tuple": lambda items: tuple(decode(item) for item in items),
+    "$set": lambda items: {decode(item) for item in items},
+    "$frozenset": lambda items: frozenset(decode(item) for item in items),
+    "$dict": lambda pairs: {decode(key): decode(item) for key, item in pairs},
+    "$bytes": _decode_bytes,
+    "$bytearray": lambda text: bytearray(_decode_bytes(text)),
+    "$complex": lambda parts: complex(*(decode(part) for part in parts)),
+    "$ndarray": _decode_ndarray,
+    "$npscalar": _decode_npscalar,
+    "$size": _decode_size,
+    "$dtype": _decode_dtype,
+    "$device": _decode_device,
+}

@@ -1,0 +1,343 @@
+"""A run that died and was resumed is the run that was not disturbed, bit for bit: with dropout, with shuffling.
+
+Compared are all ids of all batches, all losses, and at the end every tensor of model and optimizer, the schedule
+and the random generators, on every rank.
+"""
+
+import hashlib
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from forgather_ckpt.data import SeededItems
+from forgather_ckpt.data.position import GlobalPosition
+from forgather_ckpt.data.sampler import epoch_order
+from forgather_ckpt.errors import CheckpointError
+from forgather_ckpt.trainers import DDPTrainer, Trainer, TrainingArguments
+from tests.ranks import Outcome, run_ranks, values
+
+pytestmark = pytest.mark.multiprocess
+
+NUM_STEPS, SAVE_STEPS = 10, 4
+
+
+class Points:
+    """Points that are noisy in another way in every epoch, drawn from the global generator."""
+
+    def __len__(self) -> int:
+        return 53
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        x = torch.randn(6, generator=torch.Generator().manual_seed(index)) + 0.1 * torch.randn(6)
+        return {"id": index, "x": x, "y": x.sum()}
+
+
+class Net(nn.Module):
+    """Not used in the order in which it is registered, and with a buffer that each rank changes for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(16, 1)
+        self.middle = nn.Linear(33, 16)
+        self.first = nn.Linear(6, 33)
+        self.norm = nn.BatchNorm1d(16)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.dropout(self.norm(self.middle(torch.tanh(self.first(x))))))
+
+
+Hook = Callable[[Trainer], None]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to train."""
+
+    trainer: type[Trainer]
+    world_size: int
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        settings = [f"{key}={value}" for key, value in self.settings]
+        return "-".join([self.trainer.__name__, str(self.world_size), *settings])
+
+
+KINDS = [
+    Kind(Trainer, 1),
+    Kind(Trainer, 1, (("fp16", True),)),
+    Kind(DDPTrainer, 2),
+    Kind(DDPTrainer, 2, (("dispatch_batches", True),)),
+]
+
+
+@dataclass(frozen=True)
+class Life:
+    """What one life of a rank's process came to."""
+
+    first_step: int
+    batches: list[list[int]]
+    losses: list[tuple[int, str]]
+    state: dict[str, str]
+
+
+def digests(value: Any, path: str = "") -> dict[str, str]:
+    """A digest of every leaf of nested state."""
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in digests(item, f"{path}/{key}").items()}
+    if isinstance(value, list | tuple):
+        return {k: v for n, item in enumerate(value) for k, v in digests(item, f"{path}/{n}").items()}
+    if isinstance(value, torch.Tensor):
+        content = (
+            str((value.dtype, value.shape)).encode() + value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
+        return {path: hashlib.sha256(content).hexdigest()}
+    return {path: repr(value)}
+
+
+def live(kind: Kind, run: Path, *, hooks: tuple[Hook, ...] = (), **settings: Any) -> Life:
+    """One life of one rank: train, resuming if there is something to resume."""
+    batches = []
+
+    def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        batches.append(batch["id"].tolist())
+        return nn.functional.mse_loss(model(batch["x"]).squeeze(-1), batch["y"])
+
+    defaults: dict[str, Any] = {
+        "max_steps": NUM_STEPS,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.01,
+        "warmup_steps": 2,
+        "logging_steps": 1,
+        "save_steps": SAVE_STEPS,
+        "resume_from_checkpoint": "auto",
+        "checkpoint_timeout_seconds": 30,
+    }
+    args = TrainingArguments(run, **(defaults | dict(kind.settings) | settings))
+    # Another model in each life and on each rank: what a run resumes with must come from the checkpoint.
+    torch.manual_seed(int.from_bytes(os.urandom(4)) if any(run.glob("checkpoint-*")) else 1)
+    trainer = kind.trainer(Net(), args, SeededItems(Points()), compute_loss=loss, on_step_end=hooks)
+    trainer.train()
+    components = [c for c in trainer.get_state_components() if c.stateful is not None]
+    state = {c.key: c.stateful.state_dict() for c in components if c.stateful is not None}
+    return Life(
+        trainer.history[0][0],
+        batches,
+        [(step, value.hex()) for step, value in trainer.history],
+        digests(state),
+    )
+
+
+def run(kind: Kind, case: Callable[[int, int], Any], **options: Any) -> list[Outcome]:
+    return run_ranks(kind.world_size, case, backend="gloo" if kind.trainer is DDPTrainer else None, **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], list[Life]]:
+    """What every rank comes to in a run of this kind that nothing disturbs."""
+
+    @cache
+    def of(kind: Kind) -> list[Life]:
+        directory = tmp_path_factory.mktemp("undisturbed")
+        return values(run(kind, lambda rank, world_size: live(kind, directory)))
+
+    return of
+
+
+def assert_continues(resumed: list[Life], whole: list[Life], *, from_step: int) -> None:
+    assert len(resumed) == len(whole)
+    for life, expected in zip(resumed, whole, strict=True):
+        assert life.first_step == from_step + 1
+        assert life.losses == expected.losses[from_step:]
+        assert life.batches == expected.batches[len(expected.batches) - len(life.batches) :]
+        assert len(life.losses) == NUM_STEPS - from_step
+        assert life.state == expected.state
+
+
+class Stop(Exception):
+    """Ends a life without any fault."""
+
+
+class Fault(Exception):
+    """A bug in somebody's training step."""
+
+
+def at_step(step: int, act: Callable[[], None]) -> Hook:
+    def hook(trainer: Trainer) -> None:
+        if trainer.progress.step == step:
+            act()
+
+    return hook
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    raise Stop
+
+
+def fail() -> None:
+    raise Fault
+
+
+# ---- deaths between saves
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_run_that_was_stopped_goes_on_exactly(tmp_path, undisturbed, kind):
+    def first_life(rank: int, world_size: int) -> None:
+        with pytest.raises(Stop):
+            live(kind, tmp_path, hooks=(at_step(NUM_STEPS // 2, stop),))
+
+    values(run(kind, first_life))
+    resumed = values(run(kind, lambda rank, world_size: live(kind, tmp_path)))
+    assert_continues(resumed, undisturbed(kind), from_step=4)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_an_exception_in_a_step_of_one_rank_ends_all_and_the_run_goes_on_exactly(tmp_path, undisturbed, kind):
+    def first_life(rank: int, world_size: int) -> None:
+        live(kind, tmp_path, hooks=(at_step(6, fail),) if rank == world_size - 1 else ())
+
+    outcomes = run(kind, first_life)
+    assert all(outcome.error is not None for outcome in outcomes)
+    assert outcomes[-1].error is not None and outcomes[-1].error.type_name == "Fault"
+    resumed = values(run(kind, lambda rank, world_size: live(kind, tmp_path)))
+    assert_continues(resumed, undisturbed(kind), from_step=4)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_a_killed_rank_ends_all_and_the_run_goes_on_exactly(tmp_path, undisturbed, kind, which):
+    victim = 0 if which == "first" else kind.world_size - 1
+
+    def first_life(rank: int, world_size: int) -> None:
+        live(kind, tmp_path, hooks=(at_step(9, kill),) if rank == victim else ())
+
+    outcomes = run(kind, first_life, expect_dead=[victim])
+    assert [outcome.is_dead or outcome.error is not None for outcome in outcomes] == [True] * kind.world_size
+    resumed = values(run(kind, lambda rank, world_size: live(kind, tmp_path)))
+    assert_continues(resumed, undisturbed(kind), from_step=8)
+
+
+@pytest.mark.parametrize("kind", [Kind(DDPTrainer, 4)], ids=lambda kind: kind.name)
+def test_more_ranks_than_two_add_up_gradients_in_the_same_order_after_a_resume(tmp_path, undisturbed, kind):
+    """Two ranks would not show it: a + b is b + a."""
+
+    def first_life(rank: int, world_size: int) -> None:
+        with pytest.raises(Stop):
+            live(kind, tmp_path, hooks=(at_step(4, stop),), save_steps=3)
+
+    values(run(kind, first_life))
+    resumed = values(run(kind, lambda rank, world_size: live(kind, tmp_path)))
+    assert_continues(resumed, undisturbed(kind), from_step=3)
+
+
+# ---- deaths in the middle of a save
+
+
+def killing(function: Callable[..., Any], call: int) -> Callable[..., Any]:
+    """The function, but its n-th call is the end of the process."""
+    calls = iter(range(1, call + 1))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls, call + 1) == call:
+            kill()
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def kill_at_call(name: str, call: int) -> Hook:
+    """From step 8 on, whose save comes next, the n-th call of this function of `os` is the end."""
+    return at_step(8, lambda: setattr(os, name, killing(getattr(os, name), call)))
+
+
+def kill_in_state_dict(trainer: Trainer) -> None:
+    if trainer.progress.step == 8:
+        trainer.lr_scheduler.state_dict = kill  # type: ignore[method-assign]
+
+
+MOMENTS = {
+    "in state_dict": kill_in_state_dict,
+    **{f"at fsync {call}": kill_at_call("fsync", call) for call in (1, 2, 3, 4, 5)},
+    "at rename": kill_at_call("rename", 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    ("kind", "victim"),
+    [(KINDS[0], 0), (KINDS[2], 0), (KINDS[2], 1), (KINDS[3], 1)],
+    ids=lambda value: value.name if isinstance(value, Kind) else f"rank {value}",
+)
+def test_a_rank_killed_in_the_middle_of_a_save_leaves_one_good_checkpoint(tmp_path, undisturbed, kind, victim, moment):
+    def first_life(rank: int, world_size: int) -> None:
+        live(kind, tmp_path, hooks=(MOMENTS[moment],) if rank == victim else ())
+
+    outcomes = run(kind, first_life, expect_dead=[victim])
+    if not outcomes[victim].is_dead:
+        pytest.skip("this rank makes fewer such calls")
+    told = [outcome.error for outcome in outcomes if outcome.error is not None]
+    assert all(CheckpointError.__name__ in error.mro for error in told), told
+    resumed = values(run(kind, lambda rank, world_size: live(kind, tmp_path)))
+    from_step = resumed[0].first_step - 1
+    assert from_step in (4, 8)
+    assert_continues(resumed, undisturbed(kind), from_step=from_step)
+
+
+def test_damaged_checkpoints_are_passed_over_and_the_run_goes_on_exactly(tmp_path, undisturbed):
+    kind = KINDS[2]
+    whole = values(run(kind, lambda rank, world_size: live(kind, tmp_path)))
+    assert [life.state for life in whole] == [life.state for life in undisturbed(kind)]
+    for step in (8, 10):
+        for file in (tmp_path / f"checkpoint-{step}").glob("optimizer*.safetensors"):
+            content = bytearray(file.read_bytes())
+            content[-1] ^= 1
+            file.write_bytes(content)
+    resumed = values(run(kind, lambda rank, world_size: live(kind, tmp_path)))
+    assert_continues(resumed, whole, from_step=4)
+
+
+# ---- another world size
+
+
+def in_order_of_reading(ranks: list[list[list[int]]]) -> list[int]:
+    """All samples that the ranks got, step by step."""
+    return [sample for step in zip(*ranks, strict=True) for batch in step for sample in batch]
+
+
+@pytest.mark.parametrize("dispatch_batches", [False, True])
+@pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 1), (2, 4), (4, 2)])
+def test_another_world_size_neither_repeats_nor_leaves_out_a_sample(tmp_path, old, new, dispatch_batches):
+    settings = (("dispatch_batches", dispatch_batches),)
+    before, after = Kind(DDPTrainer, old, settings), Kind(DDPTrainer, new, settings)
+
+    def first_life(rank: int, world_size: int) -> list[list[int]]:
+        return live(before, tmp_path, max_steps=1).batches
+
+    def second_life(rank: int, world_size: int) -> tuple[Life, list[str]]:
+        states: list[str] = []
+        hook = at_step(2, lambda: states.append(digests(torch.get_rng_state())[""]))
+        return live(after, tmp_path, max_steps=2, hooks=(hook,)), states
+
+    first = in_order_of_reading(values(run(before, first_life)))
+    lives = values(run(after, second_life))
+    assert all(life.first_step == 2 for life, _ in lives)
+    read = first + in_order_of_reading([life.batches for life, _ in lives])
+    assert read == epoch_order(GlobalPosition(53, seed=42)).tolist()[: len(read)]
+    assert len(first) == old * 6
+    assert len(read) == old * 6 + new * 6
+    assert len({state for _, (state,) in lives}) == new, "every rank draws from a stream of its own"
