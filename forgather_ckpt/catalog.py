@@ -8,8 +8,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from forgather_ckpt import files, paths
-from forgather_ckpt.errors import CheckpointNotFound, FormatError
+from forgather_ckpt import files, hashtree, paths
+from forgather_ckpt.errors import CheckpointDamaged, CheckpointNotFound, FormatError
+from forgather_ckpt.index import Index
 from forgather_ckpt.manifest import CheckpointManifest
 from forgather_ckpt.resume import Candidate, newest_first
 
@@ -53,9 +54,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Committed: the manifest parses, its own digest matches, and every file that it names is a regular file of the
     size it gives. `CheckpointNotFound` where there is no manifest, `FormatError` where it does not hold.
     """
-    if not (path / paths.MANIFEST).is_file():
+    file = path / paths.MANIFEST
+    if not os.path.lexists(file):
         raise CheckpointNotFound(f"{path} is not a checkpoint: it has no {paths.MANIFEST}", path=str(path))
-    manifest = CheckpointManifest.load(path / paths.MANIFEST)
+    if files.regular_size(file) is None:
+        raise FormatError(f"{paths.MANIFEST} is not a regular file", path=str(file))
+    manifest = CheckpointManifest.load(file)
     for name, record in manifest.files.items():
         size = files.regular_size(path / name)
         if size != record.size:
@@ -101,3 +105,12 @@ def read_file(path: Path, size: int) -> bytes:
     if count != size:
         raise FormatError(f"{path.name} has {count} bytes; the manifest expects {size}", path=str(path))
     return bytes(buffer)
+
+
+def read_index(path: Path, manifest: CheckpointManifest, name: str) -> Index:
+    """One index file of the checkpoint at `path`, verified; `CheckpointDamaged` where it has another digest."""
+    record = manifest.files[name]
+    data = read_file(path / name, record.size)
+    if hashtree.digest(data).hex() != record.digest:
+        raise CheckpointDamaged(f"{name} does not have the digest that the manifest gives", path=name)
+    return Index.from_bytes(data, what=name, sizes={name: record.size for name, record in manifest.files.items()})

@@ -27,6 +27,10 @@ _KEPT_OPERATIONS = 4
 """Verdicts of so many operations stay in the store, for ranks that come late to one that has failed."""
 
 
+class _Interrupted(Exception):
+    """Raised out of local work by `beat`: the phase has failed elsewhere, there is nothing left to work for."""
+
+
 class Comm:
     """The ranks of a job, joined through a store of their own (see `discovery.connect`).
 
@@ -43,6 +47,7 @@ class Comm:
         self._phase = 0
         self._posted: list[list[str]] = []
         self._next_beat = 0.0
+        self._working_on: str | None = None
 
     def begin_operation(self) -> None:
         """Start a save, load or check: every rank starts the same ones in the same order. Fresh keys for each, so
@@ -60,34 +65,50 @@ class Comm:
         Results and decision must be JSON. If `work` raises on any rank, or `decide` on rank 0, or a rank does not
         answer in time, every rank raises the same error. Without `decide` only the success is agreed.
         """
-        message, cause = self._attempt(phase, work)
         self._phase += 1
         prefix = f"{self._operation}/{self._phase}"
+        message, cause = self._attempt(prefix, work)
         self._post(f"{prefix}/{self.rank}", message)
         if "error" in message:
             self._store.add(f"{prefix}/failed", 1)
-        if isinstance(cause, BaseException) and not isinstance(cause, Exception):
-            raise cause  # KeyboardInterrupt, SystemExit: the others know, this rank obeys
+        if cause is not None and not isinstance(cause, Exception):
+            # KeyboardInterrupt, SystemExit: this rank obeys, after the others have been told
+            if self.rank == 0:
+                self._post(f"{prefix}/verdict", {"error": one_error(phase, {0: message}).to_wire()})
+            raise cause
         verdict = self._lead(prefix, phase, decide) if self.rank == 0 else self._follow(prefix, phase)
         if "error" in verdict:
             raise from_wire(verdict["error"]) from cause
         return verdict["ok"]
 
     def beat(self) -> None:
-        """Tell the others that this rank makes progress: their deadline starts anew. Cheap, call it often."""
-        now = time.monotonic()
-        if now >= self._next_beat:
-            self._next_beat = now + min(1.0, self.timeout_seconds / 10)
-            self._store.add(f"beat/{self.rank}", 1)
+        """Tell the others that this rank makes progress: their deadline starts anew. Cheap, call it often.
 
-    def _attempt(self, phase: str, work: Callable[[], Any]) -> tuple[dict[str, Any], BaseException | None]:
+        Inside the work of a phase it also leaves that work when the phase has failed elsewhere.
+        """
+        now = time.monotonic()
+        if now < self._next_beat:
+            return
+        self._next_beat = now + min(0.5, self.timeout_seconds / 10)
+        self._store.add(f"beat/{self.rank}", 1)
+        prefix = self._working_on
+        # there can be no good verdict yet: that takes this rank's message
+        if prefix and (self._store.check([f"{prefix}/failed"]) or self._store.check([f"{prefix}/verdict"])):
+            raise _Interrupted
+
+    def _attempt(self, prefix: str, work: Callable[[], Any]) -> tuple[dict[str, Any], BaseException | None]:
+        self._working_on = prefix
         try:
             return {"ok": work()}, None
+        except _Interrupted:
+            return {"ok": None}, None
         except CheckpointError as err:
-            return {"error": err.at(rank=self.rank).to_wire(), "known": True}, err
+            return {"error": err.at(rank=self.rank).to_wire()}, err
         except BaseException as err:
             failure = RankFailed(f"{type(err).__name__}: {err}", rank=self.rank)
             return {"error": failure.to_wire()}, err
+        finally:
+            self._working_on = None
 
     def _post(self, key: str, message: dict[str, Any]) -> None:
         self._posted[-1].append(key)
@@ -115,6 +136,7 @@ class Comm:
 
     def _claim(self, prefix: str) -> None:
         """Decide only if nobody has given up on this phase: an impatient rank's error is the verdict then."""
+        self._posted[-1].append(f"{prefix}/claim")
         current = self._store.compare_set(f"{prefix}/claim", "", "0")
         if current != b"0":
             raise from_wire(json.loads(current))

@@ -76,7 +76,8 @@ def stored_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def header_cost(slot: Slot) -> int:
     """An upper bound of the bytes that the slot takes in the header."""
-    return 6 * len(slot.key) + 24 * len(slot.shape) + 120
+    escapes = len(slot.key.encode("utf-16-le")) // 2  # at most `\\uXXXX` for each
+    return 6 * escapes + 24 * len(slot.shape) + 120
 
 
 def header_size(prefix: bytes, *, what: str) -> int:

@@ -19,6 +19,7 @@ from forgather_ckpt.errors import NoSpace, StorageError
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _RENAME_EXCHANGE = 2
+_NUM_DELETIONS = 5
 _AT_FDCWD = -100
 
 
@@ -133,23 +134,33 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def discard(path: Path, nonce: str) -> None:
-    """Remove a directory in the reverse order of a commit: rename it away, sync the parent, then delete."""
-    if paths.is_temporary(path.name):
-        away = path
-    else:
+    """Remove a directory in the reverse order of a commit: rename it away, sync the parent, then delete.
+
+    A draft is renamed too: a rank that is still writing cannot add a file to what is being deleted.
+    """
+    away = path
+    if not path.name.startswith(paths.TRASH_PREFIX):
         away = path.with_name(paths.trash(path.name, nonce))
         os.rename(path, away)
-        sync_directory(path.parent)
+        if not paths.is_temporary(path.name):
+            sync_directory(path.parent)
     delete(away)
 
 
 def delete(path: Path) -> None:
     """Delete what is there, whatever it is; nothing there is fine, and symlinks are not followed."""
-    try:
-        is_directory = stat.S_ISDIR(os.lstat(path).st_mode)
-        shutil.rmtree(path) if is_directory else os.unlink(path)
-    except FileNotFoundError:
-        pass
+    for attempt in range(_NUM_DELETIONS):
+        try:
+            is_directory = stat.S_ISDIR(os.lstat(path).st_mode)
+            shutil.rmtree(path) if is_directory else os.unlink(path)
+        except FileNotFoundError:
+            return
+        except OSError as err:
+            # A rank that was just creating a file when the draft was renamed away put it there after all.
+            if err.errno != errno.ENOTEMPTY or attempt == _NUM_DELETIONS - 1:
+                raise
+        else:
+            return
 
 
 def regular_size(path: Path) -> int | None:

@@ -26,6 +26,14 @@ def digest(data: Buffer) -> bytes:
     return xxh3_128(data).digest()
 
 
+def digest_of_parts(parts: Iterable[Buffer]) -> bytes:
+    """`digest` of the parts put together, for what is too large to be held at once."""
+    hasher = xxh3_128()
+    for part in parts:
+        hasher.update(part)
+    return hasher.digest()
+
+
 def join(digests: Sequence[bytes]) -> bytes:
     """The digest of a piece from its blocks' digests (at least one: an empty piece has one empty block)."""
     return digests[0] if len(digests) == 1 else digest(b"".join(digests))

@@ -293,8 +293,11 @@ def _check_row(row: TensorRow, sizes: Mapping[str, int], where: str) -> None:
         raise refuse(f"has the unknown dtype {row.dtype!r}")
     if not all(type(length) is int and 0 <= length < 2**63 for length in row.shape):
         raise refuse(f"has the impossible shape {row.shape}")
+    if row.key is not None and type(row.key) is not str:
+        raise refuse(f"has the key {row.key!r}, which is not a string")
     if row.box is not None and (
         len(row.box) != len(row.shape)
+        or not all(type(bound) is int for bounds in row.box for bound in bounds)
         or not all(0 <= start <= stop <= length for (start, stop), length in zip(row.box, row.shape, strict=True))
     ):
         raise refuse(f"has a box {row.box} that is not inside its shape {row.shape}")
@@ -302,7 +305,7 @@ def _check_row(row: TensorRow, sizes: Mapping[str, int], where: str) -> None:
         count = 1
         for length in row.box_shape:
             count *= length
-        if not 0 <= row.range[0] <= row.range[1] <= count:
+        if not (all(type(bound) is int for bound in row.range) and 0 <= row.range[0] <= row.range[1] <= count):
             raise refuse(f"has a range {row.range} that is not inside its {count} elements")
     if not paths.is_safe_file_name(row.file) or row.file not in sizes:
         raise refuse(f"lies in the file {row.file!r}, which the manifest does not list")

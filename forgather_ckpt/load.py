@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from forgather_ckpt import catalog, files, hashtree, reading, resume
+from forgather_ckpt import catalog, files, reading, resume
 from forgather_ckpt.assembly import Assembly, Stored, assemble, gather
 from forgather_ckpt.component import ChoosesTargets, StateComponent, Target
 from forgather_ckpt.declarations import declare
@@ -295,7 +295,6 @@ class _Library:
     def __init__(self, path: Path, manifest: CheckpointManifest) -> None:
         self.manifest = manifest
         self._path = path
-        self._sizes = {name: record.size for name, record in manifest.files.items()}
         self._indexes: dict[str, Index] = {}
 
     def entry(self, component: str, entry: str) -> Stored:
@@ -316,11 +315,7 @@ class _Library:
 
     def _read(self, name: str) -> Index:
         if name not in self._indexes:
-            record = self.manifest.files[name]
-            data = catalog.read_file(self._path / name, record.size)
-            if hashtree.digest(data).hex() != record.digest:
-                raise CheckpointDamaged(f"{name} does not have the digest that the manifest gives", path=name)
-            self._indexes[name] = Index.from_bytes(data, what=name, sizes=self._sizes)
+            self._indexes[name] = catalog.read_index(self._path, self.manifest, name)
         return self._indexes[name]
 
 

@@ -159,7 +159,7 @@ class CheckpointManifest:
             raise FormatError("the manifest does not have the digest that it claims; it was damaged or edited")
         try:
             return cls._from_json(top, own)
-        except (KeyError, TypeError, ValueError) as err:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as err:
             if isinstance(err, FormatError):
                 raise
             raise FormatError(f"the manifest is malformed: {err!r}") from None
@@ -277,6 +277,7 @@ def _component_to_json(record: ComponentRecord) -> dict[str, Any]:
 
 def _component_from_json(data: Fields, world_size: int) -> ComponentRecord:
     validation = Fields(data.mapping("validation"), f"{data.where}, validation")
+    trusted = Fields(validation.mapping("trusted"), f"{validation.where}, trusted")
     return ComponentRecord(
         pattern=SharingPattern(data.text("pattern")),
         names=data.text("names"),
@@ -292,7 +293,7 @@ def _component_from_json(data: Fields, world_size: int) -> ComponentRecord:
             result=validation.text("result"),
             num_items=validation.number("items"),
             seconds=float(validation.data.get("seconds", 0.0)),
-            trusted={entry: tuple(ranks) for entry, ranks in validation.mapping("trusted").items()},
+            trusted={entry: tuple(trusted.numbers(entry)) for entry in trusted.data},
         ),
         metadata=data.mapping("metadata"),
     )

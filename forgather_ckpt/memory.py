@@ -1,6 +1,7 @@
 """The bytes of live tensors: read in C order block by block, and written in place."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -18,6 +19,25 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def host_view(flat: torch.Tensor) -> memoryview:
     """The memory of a contiguous uint8 CPU tensor, without a copy. Valid as long as the tensor is."""
     return flat.numpy().data
+
+
+def host_views(parts: Sequence[torch.Tensor]) -> list[memoryview]:
+    """The memory of 1-D uint8 tensors of one device, in host memory; from an accelerator they come in one copy."""
+    if all(part.device.type == "cpu" for part in parts):
+        return [host_view(part) for part in parts]
+    joined = torch.cat([part.to(parts[0].device) for part in parts]) if len(parts) > 1 else parts[0]
+    host = torch.empty(joined.shape, dtype=torch.uint8, pin_memory=True)
+    host.copy_(joined)
+    view = host_view(host)
+    ends = list(itertools.accumulate(part.numel() for part in parts))
+    return [view[end - part.numel() : end] for part, end in zip(parts, ends, strict=True)]
+
+
+def wait_for_devices(tensors: Iterable[torch.Tensor]) -> None:
+    """Wait for what was launched on any stream of the tensors' devices: other threads shall read them now."""
+    for device in {tensor.device for tensor in tensors}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def blocks(flat: torch.Tensor, start: int, stop: int) -> Iterator[memoryview]:

@@ -1,5 +1,6 @@
 """Verified reading: every block is hashed and compared before any of its bytes go where they are wanted."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,13 +11,15 @@ from typing import NamedTuple
 
 import torch
 
-from forgather_ckpt import files, hashtree
+from forgather_ckpt import files, hashtree, memory
 from forgather_ckpt.errors import CheckpointDamaged
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.index import TensorRow
 
 NUM_THREADS = 2
 IN_FLIGHT = 16
+
+_buffers = threading.local()
 
 
 class Wanted(NamedTuple):
@@ -73,10 +76,19 @@ def _runs(wanted: Sequence[Wanted]) -> Iterator[list[_Block]]:
         yield run
 
 
+def _bounce_buffer(*, pinned: bool) -> torch.Tensor:
+    """This thread's buffer of one block: fresh memory for every request would cost more than the reading."""
+    key = "pinned" if pinned else "plain"
+    if not hasattr(_buffers, key):
+        setattr(_buffers, key, torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=pinned))
+    buffer: torch.Tensor = getattr(_buffers, key)
+    return buffer
+
+
 def _read_run(descriptor: int, run: Sequence[_Block]) -> None:
     start = run[0].start
-    buffer = bytearray(run[-1].stop - start)
-    view = memoryview(buffer)
+    buffer = _bounce_buffer(pinned=any(block.wanted.destination.device.type != "cpu" for block in run))
+    view = memory.host_view(buffer)[: run[-1].stop - start]
     count = files.read_at(descriptor, view, start)
     for block in run:
         data = view[block.start - start : block.stop - start]
@@ -86,8 +98,9 @@ def _read_run(descriptor: int, run: Sequence[_Block]) -> None:
     for block in run:
         if block.stop > block.start:
             offset = block.number * BLOCK_BYTES
-            data = view[block.start - start : block.stop - start]
-            block.wanted.destination[offset : offset + len(data)].copy_(torch.frombuffer(data, dtype=torch.uint8))
+            length = block.stop - block.start
+            verified = buffer[block.start - start : block.stop - start]
+            block.wanted.destination[offset : offset + length].copy_(verified)
 
 
 def damaged(wanted: Wanted, number: int, *, is_short: bool) -> CheckpointDamaged:

@@ -9,6 +9,7 @@ from forgather_ckpt.comm import Comm
 from forgather_ckpt.component import StateComponent
 from forgather_ckpt.declarations import agreed
 from forgather_ckpt.errors import CheckpointError, RankFailed, StructureError
+from forgather_ckpt.memory import wait_for_devices
 from forgather_ckpt.patterns import TRAITS
 from forgather_ckpt.portions import (
     Declared,
@@ -85,6 +86,7 @@ def capture_all(
                 failures.append(taken)
     if failures:
         raise failures[0]
+    wait_for_devices(item.tensor for state in states.values() for item in state.tensors.values())
     return reports
 
 

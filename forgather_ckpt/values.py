@@ -21,6 +21,7 @@ something else; numpy and torch are imported only when a value needs them.
 
 import base64
 import math
+import re
 import struct
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -32,6 +33,7 @@ MAX_VALUE_BYTES = 64 << 20
 """The longest typed JSON of one item. Larger data belongs into tensors."""
 
 _DEFAULT_NAN = "7ff8000000000000"
+_SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 
 class NotPlain(ValueError):
@@ -62,7 +64,7 @@ def loads(data: bytes) -> Any:
 def encode(value: Any) -> Any:
     """The JSON value (of dicts, lists, str, numbers) that stands for `value`."""
     kind = type(value)
-    if value is None or kind is bool or kind is str:
+    if value is None or kind is bool:
         return value
     if encoder := _ENCODERS.get(kind):
         return encoder(value)
@@ -75,9 +77,16 @@ def encode(value: Any) -> Any:
 
 
 def decode(data: Any) -> Any:
-    """The value that `encode` turned into `data`."""
+    """The value that `encode` turned into `data`; `FormatError` on anything else."""
+    try:
+        return _decode(data)
+    except RecursionError:
+        raise FormatError("a value is nested too deeply") from None
+
+
+def _decode(data: Any) -> Any:
     if isinstance(data, list):
-        return [decode(item) for item in data]
+        return [_decode(item) for item in data]
     if not isinstance(data, dict):
         return data
     if len(data) == 1:
@@ -88,9 +97,11 @@ def decode(data: Any) -> Any:
                 raise FormatError(f"a value has the unknown tag {tag!r}")
             try:
                 return decoder(content)
-            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, struct.error) as err:
+            except (FormatError, RecursionError):
+                raise
+            except Exception as err:  # of any kind: numpy's own reader of dtypes raises even SyntaxError
                 raise FormatError(f"a value tagged {tag!r} is malformed: {err}") from None
-    return {key: decode(item) for key, item in data.items()}
+    return {key: _decode(item) for key, item in data.items()}
 
 
 def _describe(value: Any) -> str:
@@ -108,6 +119,12 @@ def _sequence(values: Iterable[Any], letter: str) -> list[Any]:
         except NotPlain as err:
             raise NotPlain(err.reason, (f"~{letter}{index}", *err.steps)) from None
     return result
+
+
+def _encode_str(value: str) -> str:
+    if not value.isascii() and _SURROGATE_PAIR.search(value):
+        raise NotPlain("text with a surrogate pair as two characters cannot be checkpointed: JSON joins them into one")
+    return value
 
 
 def _encode_int(value: int) -> Any:
@@ -166,8 +183,12 @@ def _encode_numpy(value: Any) -> Any:
     if value.dtype.hasobject:
         raise NotPlain("a numpy array of Python objects cannot be checkpointed; use a numeric dtype or a list")
     descr = np.lib.format.dtype_to_descr(value.dtype)
-    if np.lib.format.descr_to_dtype(descr) != value.dtype:
+    restored = np.lib.format.descr_to_dtype(descr)
+    if restored != value.dtype or restored.type is not value.dtype.type:
         raise NotPlain(f"the numpy dtype {value.dtype} is not numpy's own; convert to a torch tensor")
+    is_empty_text = isinstance(value, (np.str_, np.bytes_)) and not value
+    if value.dtype.itemsize == 0 and not is_empty_text:
+        raise NotPlain("a numpy array whose elements take no bytes cannot be checkpointed; store its shape")
     data = _encode_bytes(value.tobytes())
     if isinstance(value, np.generic):
         return {"$npscalar": [encode(descr), data]}
@@ -178,15 +199,21 @@ def _decode_ndarray(content: Any) -> Any:
     import numpy as np
 
     descr, shape, data = content
-    dtype = np.lib.format.descr_to_dtype(decode(descr))
+    dtype = np.lib.format.descr_to_dtype(_decode(descr))
     if dtype.hasobject:
         raise ValueError("an array of Python objects")
+    if not all(type(length) is int and length >= 0 for length in shape):
+        raise ValueError(f"the shape {shape}")
     # a copy, as frombuffer's arrays are read-only; reshape checks the length before anything is allocated
     return np.frombuffer(_decode_bytes(data), dtype).reshape(shape).copy()
 
 
 def _decode_npscalar(content: Any) -> Any:
+    import numpy as np
+
     descr, data = content
+    if descr in ("<U0", ">U0", "|S0"):  # empty text, which numpy writes as if it were one character
+        return np.bytes_() if descr == "|S0" else np.str_()
     return _decode_ndarray([descr, [1], data])[0]
 
 
@@ -205,13 +232,15 @@ def _encode_torch(value: Any) -> Any:
 def _decode_size(lengths: list[int]) -> Any:
     import torch
 
+    if not all(type(length) is int and -(2**63) <= length < 2**63 for length in lengths):
+        raise ValueError(f"the lengths {lengths}")
     return torch.Size(lengths)
 
 
 def _decode_dtype(name: str) -> Any:
     import torch
 
-    dtype = getattr(torch, name)
+    dtype = vars(torch).get(name)  # not getattr, which would import modules of that name
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"torch.{name} is not a dtype")
     return dtype
@@ -226,7 +255,19 @@ def _decode_device(text: str) -> Any:
         raise ValueError(str(err)) from None
 
 
+def _decode_items(items: list[Any]) -> list[Any]:
+    if type(items) is not list:
+        raise ValueError(f"{items!r} is not a list")
+    return [_decode(item) for item in items]
+
+
+def _decode_complex(parts: list[Any]) -> complex:
+    real, imag = parts
+    return complex(_decode(real), _decode(imag))
+
+
 _ENCODERS: dict[type, Callable[[Any], Any]] = {
+    str: _encode_str,
     int: _encode_int,
     float: _encode_float,
     list: lambda value: _sequence(value, "l"),
@@ -242,13 +283,13 @@ _ENCODERS: dict[type, Callable[[Any], Any]] = {
 _DECODERS: dict[str, Callable[[Any], Any]] = {
     "$int": lambda text: int(text, 16),
     "$float": _decode_float,
-    "$tuple": lambda items: tuple(decode(item) for item in items),
-    "$set": lambda items: {decode(item) for item in items},
-    "$frozenset": lambda items: frozenset(decode(item) for item in items),
-    "$dict": lambda pairs: {decode(key): decode(item) for key, item in pairs},
+    "$tuple": lambda items: tuple(_decode_items(items)),
+    "$set": lambda items: set(_decode_items(items)),
+    "$frozenset": lambda items: frozenset(_decode_items(items)),
+    "$dict": lambda pairs: {_decode(key): _decode(item) for key, item in pairs},
     "$bytes": _decode_bytes,
     "$bytearray": lambda text: bytearray(_decode_bytes(text)),
-    "$complex": lambda parts: complex(*(decode(part) for part in parts)),
+    "$complex": _decode_complex,
     "$ndarray": _decode_ndarray,
     "$npscalar": _decode_npscalar,
     "$size": _decode_size,

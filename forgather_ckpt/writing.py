@@ -232,7 +232,7 @@ def _write_pieces(
 
 def _write_parts(descriptor: int, parts: Sequence[torch.Tensor], offset: int) -> list[bytes]:
     """Hash and write neighbouring parts (of at most one block each), on a thread of the pool."""
-    views = [memory.host_view(part if part.device.type == "cpu" else part.cpu()) for part in parts]
+    views = memory.host_views(parts)
     digests = [hashtree.digest(view) for view in views]
     files.write_at(descriptor, views[0] if len(views) == 1 else b"".join(views), offset)
     return digests

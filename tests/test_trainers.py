@@ -261,18 +261,27 @@ class Returns(nn.Module):
         self.weight = nn.Parameter(torch.ones(4))
         self.wrap = wrap
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
-        return self.wrap((x @ self.weight - y).square().mean())
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> Any:
+        return self.wrap((x @ self.weight - (x.sum(-1) if y is None else y)).square().mean())
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [lambda loss: loss, lambda loss: (loss, "logits"), lambda loss: {"loss": loss}],
-    ids=["loss", "tuple", "dict"],
-)
-@pytest.mark.parametrize("collate", [None, lambda items: tuple(torch.stack([i[k] for i in items]) for k in "xy")])
-def test_a_model_may_return_its_loss_in_these_ways(tmp_path, wrap, collate):
-    trainer = Trainer(Returns(wrap), make_args(tmp_path, max_steps=1), Points(), data_collator=collate)
+LOSSES = {
+    "alone": lambda loss: loss,
+    "first in a tuple": lambda loss: (loss, "logits"),
+    "in a dict": lambda loss: {"loss": loss, "logits": None},
+}
+COLLATORS = {
+    "dict": None,
+    "tuple": lambda items: tuple(torch.stack([item[key] for item in items]) for key in "xy"),
+    "tensor": lambda items: torch.stack([item["x"] for item in items]),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("batch", COLLATORS)
+def test_a_model_may_take_its_batch_and_return_its_loss_in_these_ways(tmp_path, loss, batch):
+    args = make_args(tmp_path, max_steps=1)
+    trainer = Trainer(Returns(LOSSES[loss]), args, Points(), data_collator=COLLATORS[batch])
     assert trainer.train().loss == pytest.approx(0.0)
 
 

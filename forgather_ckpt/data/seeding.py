@@ -44,8 +44,8 @@ class SeededItems:
     """Makes a dataset exact that augments with the global generators of torch, numpy or python.
 
     Around each item the three are seeded from (seed, epoch, index) and then put back, so that the items are
-    what `item_generator` promises, and the training process's own draws are not disturbed. It costs some
-    50 µs an item; a dataset that draws from `item_generator` itself does not need it.
+    what `item_generator` promises, and the training process's own draws are not disturbed. It costs about
+    0.1 ms an item; a dataset that draws from `item_generator` itself does not need it.
     """
 
     def __init__(self, dataset: Samples, seed: int = 0) -> None:

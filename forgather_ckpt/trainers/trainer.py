@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -139,7 +139,8 @@ class Trainer:
             seed_all(mixed_seed(self.args.seed, self.rank, self.progress.step))
         self._last_saved_step = self.progress.step
         self.total_steps = self.count_total_steps()
-        logger.info("resumed from %s at step %d", report.path, self.progress.step)
+        if self.rank == 0:
+            logger.info("resumed from %s at step %d", report.path, self.progress.step)
         return report.path
 
     def save(self, coordinator: CheckpointCoordinator, kind: str) -> None:
@@ -154,7 +155,8 @@ class Trainer:
             kind=kind,
         )
         self._last_saved_step = self.progress.step
-        logger.info("saved %s", path)
+        if self.rank == 0:
+            logger.info("saved %s", path)
 
     def is_finished(self) -> bool:
         if self.args.max_steps > 0:
@@ -188,8 +190,14 @@ class Trainer:
         """The loss of one micro-batch: that of the function given, else of a model that returns its own loss."""
         if self._given_loss is not None:
             return self._given_loss(model, batch)
-        output = model(**batch) if isinstance(batch, dict) else model(*batch)
-        loss = output["loss"] if isinstance(output, dict) else output[0] if isinstance(output, tuple) else output
+        match batch:
+            case Mapping():
+                output = model(**batch)
+            case list() | tuple():
+                output = model(*batch)
+            case _:
+                output = model(batch)
+        loss = output["loss"] if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else output
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise TypeError(
                 f"{type(self.model).__name__} returned {type(output).__name__}, which is no loss; return one "

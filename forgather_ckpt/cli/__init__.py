@@ -1,0 +1,105 @@
+"""`fgckpt`: look at the checkpoints of a run and check them, without torch and without a job.
+
+Data goes to stdout, messages and progress to stderr.
+"""
+
+import io
+import sys
+from collections.abc import Sequence
+from enum import IntEnum
+
+import click
+
+from forgather_ckpt.cli.anatomy import show
+from forgather_ckpt.cli.listing import ls
+from forgather_ckpt.cli.text import printable
+from forgather_ckpt.cli.verification import verify
+from forgather_ckpt.errors import CheckpointError, CheckpointNotFound, RunDirectoryInUse, StorageError
+
+
+class Exit(IntEnum):
+    """The exit codes, the same for all commands."""
+
+    FINE = 0
+    FOUND_SOMETHING = 1
+    USAGE = 2
+    NOT_FOUND = 3
+    REFUSED = 4
+    IO = 5
+    INTERRUPTED = 130
+
+
+_MEANINGS = {
+    Exit.FINE: "fine, nothing found",
+    Exit.FOUND_SOMETHING: "the check found something: a checkpoint is damaged",
+    Exit.USAGE: "wrong usage",
+    Exit.NOT_FOUND: "no such run directory or checkpoint",
+    Exit.REFUSED: "refused, as another job writes to the run directory",
+    Exit.IO: "the file system failed: not readable, no permission",
+    Exit.INTERRUPTED: "interrupted",
+}
+
+_EPILOG = (
+    "\b\nA SELECTOR is one of\n"
+    "  latest, latest~1      the newest committed checkpoint, the one before it\n"
+    "  15000, step:15000     the checkpoint of that step\n"
+    "  PATH                  a checkpoint directory\n"
+    "\n\b\nExit codes:\n" + "\n".join(f"  {code:<3}  {meaning}" for code, meaning in _MEANINGS.items())
+)
+
+
+@click.group("fgckpt", context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
+def fgckpt() -> None:
+    """\b
+    Example:
+      fgckpt ls runs/gpt2
+      fgckpt show latest -d runs/gpt2
+      fgckpt verify --all -d runs/gpt2
+
+    Look at the checkpoints of a run and check them. Data goes to stdout, messages to stderr; --json gives every
+    command's data to programs.
+    """
+
+
+fgckpt.add_command(ls)
+fgckpt.add_command(show)
+fgckpt.add_command(verify)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The script `fgckpt`; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a terminal without `→` gets the rest of the line all the same
+    try:
+        code = fgckpt.main(arguments, prog_name="fgckpt", standalone_mode=False)
+    except click.ClickException as err:
+        err.show()
+        return err.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", Exit.INTERRUPTED)
+    except CheckpointError as err:
+        where = "" if err.path is None or err.path in err.message else f" ({err.path})"
+        return _fail(err.message + where, _code_of(err))
+    except OSError as err:
+        return _fail(str(err), Exit.IO)
+    return code if isinstance(code, int) else Exit.FINE
+
+
+def _code_of(error: CheckpointError) -> Exit:
+    match error:
+        case CheckpointNotFound():
+            return Exit.NOT_FOUND
+        case RunDirectoryInUse():
+            return Exit.REFUSED
+        case StorageError():
+            return Exit.IO
+        case _:
+            return Exit.FOUND_SOMETHING
+
+
+def _fail(message: str, code: Exit) -> Exit:
+    click.echo(f"fgckpt: {printable(message)}", err=True)
+    return code

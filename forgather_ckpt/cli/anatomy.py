@@ -1,0 +1,195 @@
+"""`fgckpt show`: what a checkpoint is made of, from its manifest, and with --tensors from its indexes."""
+
+import datetime
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from forgather_ckpt import catalog, strict_json
+from forgather_ckpt.catalog import Checkpoint
+from forgather_ckpt.cli import listing, selection, table, text
+from forgather_ckpt.cli.table import Column, Table
+from forgather_ckpt.index import TensorRow
+from forgather_ckpt.manifest import CheckpointManifest, ComponentRecord, Validation
+from forgather_ckpt.replication import describe
+
+
+@click.command("show", short_help="Show what a checkpoint is made of.")
+@click.argument("selector", default="latest")
+@selection.run_option
+@click.option("--files", "with_files", is_flag=True, help="List the files.")
+@click.option("--tensors", "with_tensors", is_flag=True, help="List all items; reads the indexes, no tensor's bytes.")
+@click.option("--args", "with_args", is_flag=True, help="Show the training arguments and the environment.")
+@selection.json_option
+def show(selector: str, run: Path, with_files: bool, with_tensors: bool, with_args: bool, as_json: bool) -> None:
+    """\b
+    Example: fgckpt show latest --tensors -d runs/gpt2
+
+    Show what the checkpoint SELECTOR (latest, unless given) is made of: components, how they were shared, who wrote
+    them, what was compared, metrics. --json gives the manifest, and with --tensors the items.
+    """
+    checkpoint = catalog.read_checkpoint(selection.find(run, selector))
+    manifest = checkpoint.manifest
+    if as_json:
+        data = {"path": str(checkpoint.path.absolute()), "manifest": _json_of(manifest)}
+        if with_tensors:
+            data["items"] = list(items(checkpoint))
+        selection.write_json("fgckpt.show/1", data)
+        return
+    for line in _header(checkpoint, datetime.datetime.now(datetime.UTC)):
+        click.echo(line)
+    table.write(_components(manifest))
+    for component, reason in manifest.omitted.items():
+        click.echo(f"left out: {text.printable(component)}: {text.printable(reason)}")
+    click.echo(f"{text.plural(len(manifest.files), 'file')}  {text.size(manifest.num_bytes)}")
+    if manifest.metrics:
+        click.echo("metrics: " + "  ".join(_pairs(manifest.metrics)))
+    if with_files:
+        click.echo()
+        table.write(_files(manifest))
+    if with_tensors:
+        click.echo()
+        table.write(_items(checkpoint))
+    if with_args:
+        for title, facts in (("training arguments", manifest.training_args), ("environment", manifest.environment)):
+            click.echo(f"\n{title}:")
+            for name, fact in facts.items():
+                click.echo(f"  {text.printable(name)} = {text.value(fact)}")
+
+
+def items(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+    """All items as the indexes tell of them: tensors (their pieces joined), values, and second names of tensors."""
+    manifest = checkpoint.manifest
+    tensors: dict[tuple[str, str, str], list[TensorRow]] = {}
+    others = []
+    for name in manifest.indexes:
+        for entry in catalog.read_index(checkpoint.path, manifest, name).entries:
+            where = {"component": entry.component, "entry": entry.entry}
+            for row in entry.tensors:
+                tensors.setdefault((entry.component, entry.entry, row.name), []).append(row)
+            others += [
+                {**where, "name": value.name, "order": value.order, "value": value.value} for value in entry.values
+            ]
+            others += [
+                {**where, "name": alias.name, "order": alias.order, "same_as": alias.target} for alias in entry.aliases
+            ]
+    found = [
+        {
+            "component": component,
+            "entry": entry,
+            "name": name,
+            "order": rows[0].order,
+            "dtype": rows[0].dtype,
+            "shape": list(rows[0].shape),
+            "bytes": sum(row.num_bytes for row in rows),
+            "files": list(dict.fromkeys(row.file for row in rows)),
+            "pieces": len(rows),
+        }
+        for (component, entry, name), rows in tensors.items()
+    ]
+    place = {
+        (component, entry): number
+        for number, (component, entry) in enumerate(
+            (component, entry) for component, record in manifest.components.items() for entry in record.entries
+        )
+    }
+    yield from sorted(
+        [*found, *others],
+        key=lambda item: (place.get((item["component"], item["entry"]), len(place)), item["order"]),
+    )
+
+
+def _json_of(manifest: CheckpointManifest) -> Any:
+    data = manifest.to_bytes()
+    return strict_json.loads(data, what="the manifest", max_bytes=len(data))
+
+
+def _header(checkpoint: Checkpoint, now: datetime.datetime) -> Iterator[str]:
+    manifest = checkpoint.manifest
+    epoch = "" if manifest.epoch is None else f"  epoch {text.value(manifest.epoch)}"
+    saved = text.printable(manifest.created).replace("T", " ").replace("+00:00", " UTC")
+    ranks = text.plural(manifest.world_size, "rank")
+    nodes = text.plural(len(manifest.topology.nodes), "node")
+    yield (
+        f"{text.printable(checkpoint.path.name)}  step {manifest.step}{epoch}  {text.printable(manifest.kind)}  "
+        f"saved {saved} ({listing.age_of(manifest.created, now)} ago) by {ranks} on {nodes}"
+    )
+    parent = manifest.parent
+    before = f"after step {text.value(parent.get('step'))}" if isinstance(parent, Mapping) else "no parent"
+    run_id = "" if manifest.run_id is None else f"  run {text.printable(manifest.run_id)}"
+    yield f"sequence {manifest.sequence}  {before}{run_id}  digest {manifest.digest}"
+
+
+def _components(manifest: CheckpointManifest) -> Table:
+    columns = [
+        Column("COMPONENT"),
+        Column("PATTERN"),
+        Column("WRITERS"),
+        Column("ITEMS", "right"),
+        Column("SIZE", "right"),
+        Column("CHECK"),
+    ]
+    rows = [
+        [
+            text.printable(key),
+            _pattern(record),
+            describe(record.writers),
+            f"{record.num_items:,}",
+            text.size(record.num_bytes),
+            _check(record.validation),
+        ]
+        for key, record in manifest.components.items()
+    ]
+    return Table(columns, rows)
+
+
+def _pattern(record: ComponentRecord) -> str:
+    group = "" if record.group is None else f" ({text.printable(record.group)})"
+    return f"{record.pattern.name}{group}"
+
+
+def _check(validation: Validation) -> str:
+    match validation.result:
+        case "equal":
+            return f"{validation.level.name}: {text.plural(validation.num_items, 'item')} equal on all holders"
+        case "differed":
+            trusted = "; ".join(describe(ranks) for ranks in validation.trusted.values())
+            return f"{validation.level.name}: DIFFERED, saved from rank {trusted}"
+        case result:
+            return text.printable(result)
+
+
+def _files(manifest: CheckpointManifest) -> Table:
+    columns = [Column("FILE"), Column("WRITER", "right"), Column("SIZE", "right"), Column("DIGEST")]
+    rows = [
+        [name, str(record.writer), text.size(record.size), record.digest] for name, record in manifest.files.items()
+    ]
+    return Table(columns, rows)
+
+
+def _items(checkpoint: Checkpoint) -> Table:
+    columns = [
+        Column("COMPONENT"),
+        Column("ENTRY"),
+        Column("ITEM"),
+        Column("DTYPE"),
+        Column("SHAPE"),
+        Column("SIZE", "right"),
+        Column("FILE"),
+    ]
+    rows = []
+    for item in items(checkpoint):
+        if "dtype" in item:
+            tail = [item["dtype"], str(item["shape"]), text.size(item["bytes"]), ", ".join(item["files"])]
+        elif "same_as" in item:
+            tail = ["", f"= {text.printable(item['same_as'])}", "", ""]
+        else:
+            tail = ["value", text.shortened(text.value(item["value"]), 40), "", ""]
+        rows.append([*map(text.printable, (item["component"], item["entry"], item["name"])), *tail])
+    return Table(columns, rows)
+
+
+def _pairs(facts: Mapping[str, Any]) -> Iterator[str]:
+    return (f"{text.printable(name)} {text.value(fact)}" for name, fact in facts.items())

@@ -1,0 +1,74 @@
+"""Which run directory and which checkpoints a command is about, and the options that all commands share."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from forgather_ckpt import catalog, paths, resume, strict_json
+from forgather_ckpt.catalog import Catalog
+from forgather_ckpt.errors import CheckpointNotFound
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_BY_CATALOG = re.compile(r"latest(?:~\d{1,18})?|(?:step:)?(\d{1,18})", re.ASCII)
+
+
+def run_option(command: F) -> F:
+    """`--dir`: the run directory."""
+    return click.option(
+        "-d",
+        "--dir",
+        "run",
+        type=click.Path(file_okay=False, path_type=Path),
+        envvar="FGCKPT_DIR",
+        show_envvar=True,
+        default=".",
+        show_default="the current directory",
+        help="The run directory: output_dir of the training.",
+    )(command)
+
+
+def json_option(command: F) -> F:
+    """`--json`: data for programs."""
+    return click.option("--json", "as_json", is_flag=True, help="Write one JSON object to stdout.")(command)
+
+
+def write_json(schema: str, data: dict[str, Any]) -> None:
+    click.echo(strict_json.dumps({"schema": schema, **data}).decode("ascii"))
+
+
+def scan(run: Path) -> Catalog:
+    """The catalog of a run directory that must exist."""
+    if not run.is_dir():
+        raise CheckpointNotFound(f"there is no run directory {run}", path=str(run))
+    return catalog.scan(run)
+
+
+def find(run: Path, selector: str) -> Path:
+    """The directory that a selector means. One given by its path, or by its step alone, need not be committed."""
+    match = _BY_CATALOG.fullmatch(selector)
+    if match is None:
+        return _by_path(run, selector)
+    found = scan(run)
+    try:
+        return resume.choose([checkpoint.candidate for checkpoint in found.checkpoints], selector)[0].path
+    except CheckpointNotFound as err:
+        for rejected in found.rejected:
+            if match[1] is not None and rejected.path.name == paths.checkpoint(int(match[1])):
+                return rejected.path
+        raise CheckpointNotFound(f"{err.message} (in {run})", path=str(run)) from None
+
+
+def _by_path(run: Path, selector: str) -> Path:
+    for path in (Path(selector), run / selector):
+        if os.path.lexists(path / paths.MANIFEST):
+            return path
+    if Path(selector).is_dir():
+        raise CheckpointNotFound(f"{selector!r} is not a checkpoint; if it is a run directory, say --dir {selector}")
+    raise CheckpointNotFound(
+        f"{selector!r} selects no checkpoint; use latest, latest~1, a step, or the path of a checkpoint directory"
+    )

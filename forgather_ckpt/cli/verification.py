@@ -1,0 +1,143 @@
+"""`fgckpt verify`: check every byte of checkpoints against the digests taken when they were written."""
+
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from forgather_ckpt import catalog, resume
+from forgather_ckpt import verify as offline
+from forgather_ckpt.cli import selection, table, text
+from forgather_ckpt.errors import CheckpointNotFound
+from forgather_ckpt.resume import Candidate
+from forgather_ckpt.verify import Problem, Verification
+
+_NUM_SHOWN = 20
+
+
+@click.command("verify", short_help="Check every byte of checkpoints.")
+@click.argument("selectors", nargs=-1, metavar="[SELECTOR]...")
+@selection.run_option
+@click.option("--all", "every", is_flag=True, help="Check all checkpoints of the run directory, newest first.")
+@selection.json_option
+def verify(selectors: tuple[str, ...], run: Path, every: bool, as_json: bool) -> int:
+    """\b
+    Example: fgckpt verify --all -d runs/gpt2
+
+    Read checkpoints (latest, unless SELECTORs are given) and check every byte against the digests that were taken
+    when they were written. Exit code 1 if any is damaged; the file, the tensor and the bytes are named.
+    """
+    if every and selectors:
+        raise click.UsageError("give SELECTORs or --all, not both")
+    directories = _everything(run) if every else [selection.find(run, selector) for selector in selectors or ["latest"]]
+    results = []
+    for directory in dict.fromkeys(directories):
+        result = _verify_one(directory)
+        results.append(result)
+        if not as_json:
+            for line in _report(result):
+                click.echo(line)
+    if as_json:
+        selection.write_json("fgckpt.verify/1", _data(results))
+    else:
+        for line in _advice(results):
+            click.echo(line)
+    _warn_of_rejected(run, directories)
+    return 0 if all(result.is_good for result in results) else 1
+
+
+def _everything(run: Path) -> list[Path]:
+    found = selection.scan(run)
+    directories = [*(good.path for good in found.checkpoints), *(rejected.path for rejected in found.rejected)]
+    if not directories:
+        raise CheckpointNotFound(f"there is no checkpoint in {run}", path=str(run))
+    return directories
+
+
+def _verify_one(directory: Path) -> Verification:
+    if not sys.stderr.isatty():
+        return offline.verify(directory)
+    shown = -1
+
+    def on_progress(num_done: int, num_total: int) -> None:
+        nonlocal shown
+        percent = 100 * num_done // max(1, num_total)
+        if percent != shown:
+            shown = percent
+            click.echo(f"\r{text.printable(directory.name)}  {percent} % of {text.size(num_total)}", err=True, nl=False)
+
+    try:
+        return offline.verify(directory, on_progress=on_progress)
+    finally:
+        click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def _report(result: Verification) -> Iterator[str]:
+    name = text.printable(result.path.name)
+    facts = f"{text.plural(result.num_files, 'file')}  {text.size(result.num_bytes)}  {result.seconds:.1f} s"
+    if result.is_good:
+        yield f"{table.emphasised('ok', 'green')}       {name}  {facts}"
+    else:
+        yield f"{table.emphasised('DAMAGED', 'red')}  {name}  {facts}"
+    for problem in result.problems[:_NUM_SHOWN]:
+        yield f"         {text.printable(_sentence(problem))}"
+    if len(result.problems) > _NUM_SHOWN:
+        yield f"         … and {text.plural(len(result.problems) - _NUM_SHOWN, 'more problem')} (all with --json)"
+    if result.untidy:
+        yield f"         not part of it: {', '.join(map(text.printable, result.untidy[:_NUM_SHOWN]))}"
+
+
+def _sentence(problem: Problem) -> str:
+    component = "" if problem.component is None else f"component {problem.component!r}: "
+    item = "" if problem.item is None else f"{problem.item!r}: "
+    return f"{problem.file}: {component}{item}{problem.detail}"
+
+
+def next_resume(candidates: Sequence[Candidate], damaged: Collection[Path]) -> Candidate | None:
+    """What a resume from "latest" takes: the newest that is not known to be damaged."""
+    newest = resume.newest_first(candidates)
+    return next((candidate for candidate in newest if candidate.path.resolve() not in damaged), None)
+
+
+def _advice(results: Sequence[Verification]) -> Iterator[str]:
+    """For each run directory with damage, what a resume would use."""
+    damaged = {result.path.resolve() for result in results if not result.is_good}
+    checked = {result.path.resolve() for result in results}
+    for run in dict.fromkeys(path.parent for path in damaged):
+        candidates = [checkpoint.candidate for checkpoint in catalog.scan(run).checkpoints]
+        chosen = next_resume(candidates, damaged)
+        if chosen is None:
+            yield f"→ resume latest in {text.printable(str(run))} would find nothing good"
+        else:
+            how = "" if chosen.path.resolve() in checked else " (not checked here)"
+            yield f"→ resume latest would use step {chosen.step}{how}"
+
+
+def _warn_of_rejected(run: Path, directories: Sequence[Path]) -> None:
+    """A check of "latest" must not be silent about newer ones that are not even committed."""
+    checked = {directory.resolve() for directory in directories}
+    for rejected in catalog.scan(run).rejected:
+        if rejected.path.resolve() not in checked:
+            reason = text.printable(f"{rejected.path.name} is not committed: {rejected.reason}")
+            click.echo(f"fgckpt: {reason}; see `fgckpt verify --all`", err=True)
+
+
+def _data(results: Sequence[Verification]) -> dict[str, Any]:
+    return {
+        "checkpoints": [
+            {
+                "path": str(result.path.absolute()),
+                "step": result.step,
+                "good": result.is_good,
+                "files": result.num_files,
+                "bytes": result.num_bytes,
+                "seconds": round(result.seconds, 6),
+                "problems": [asdict(problem) for problem in result.problems],
+                "untidy": list(result.untidy),
+            }
+            for result in results
+        ]
+    }

@@ -1,0 +1,105 @@
+"""Run by torchrun in test_gpu.py: one process a GPU, an NCCL-only default group, every pattern, exact restore.
+
+Prints `exact: <number of ranks>` from rank 0 when everything held.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from forgather_ckpt import CheckpointCoordinator, NamedOptimizer, RNGState, SharingPattern, StateComponent
+from forgather_ckpt.errors import ReplicaMismatch
+
+
+class Holder:
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+class Job:
+    """DDP on GPUs: bf16 and fp32 parameters, dropout, a fused optimizer whose step counters live on the device."""
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        torch.manual_seed(seed)
+        rank = dist.get_rank()
+        self.device = device
+        self.model = nn.Sequential(nn.Linear(256, 1024), nn.Dropout(0.2), nn.Linear(1024, 256)).to(device)
+        self.model[2].to(torch.bfloat16)
+        self.wrapped = DistributedDataParallel(self.model, device_ids=[device.index])
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
+        self.cache = Holder({"table": torch.arange(8 + seed, 16 + seed, device=device), "rank": rank})
+        self.stage = Holder({f"stage.{rank}.weight": torch.full((3, 5), float(rank + seed), device=device)})
+
+    def train(self, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            inputs = torch.randn(16, 256, device=self.device)
+            hidden = self.wrapped.module[1](self.wrapped.module[0](inputs)).to(torch.bfloat16)
+            loss = self.wrapped.module[2](hidden).float().pow(2).mean()
+            loss.backward()
+            for parameter in self.model.parameters():
+                dist.all_reduce(parameter.grad, op=dist.ReduceOp.AVG)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    def get_state_components(self) -> list[StateComponent]:
+        return [
+            StateComponent("model", self.model, SharingPattern.REPLICATED, validation_level="tensor"),
+            StateComponent("optimizer", NamedOptimizer(self.optimizer, [self.model]), SharingPattern.REPLICATED),
+            StateComponent("cache", self.cache, SharingPattern.PER_NODE),
+            StateComponent("stage", self.stage, SharingPattern.PER_RANK, names="global"),
+            StateComponent("rng", RNGState(), SharingPattern.PER_RANK),
+        ]
+
+
+def main(run_directory: str) -> None:
+    dist.init_process_group("nccl")
+    device = torch.device("cuda", dist.get_rank())
+    torch.cuda.set_device(device)
+    first = Job(device, seed=0)
+    torch.manual_seed(100 + dist.get_rank())
+    first.train(3)
+    with CheckpointCoordinator(first, run_directory, timeout_seconds=60) as coordinator:
+        coordinator.save_checkpoint(3)
+        expected = first.train(3)
+        second = Job(device, seed=7)
+        with CheckpointCoordinator(second, run_directory, timeout_seconds=60) as other:
+            report = other.load_checkpoint()
+        assert set(report.loaded) == {"model", "optimizer", "cache", "stage", "rng"}, report
+        assert second.train(3) == expected
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            for one, two in zip(first.model.parameters(), second.model.parameters(), strict=True):
+                saved, loaded = first.optimizer.state[one][key], second.optimizer.state[two][key]
+                assert loaded.device == saved.device and loaded.dtype == saved.dtype and torch.equal(loaded, saved)
+        assert second.cache.state["rank"] == 0 and second.cache.state["table"].tolist() == list(range(8, 16))
+        assert torch.equal(
+            second.stage.state[f"stage.{dist.get_rank()}.weight"].cpu(), torch.full((3, 5), float(dist.get_rank()))
+        )
+        with torch.no_grad():
+            if dist.get_rank() == 1:
+                first.model[0].weight[17, 4] += 2**-20
+        try:
+            coordinator.save_checkpoint(6)
+        except ReplicaMismatch as err:
+            assert "0.weight" in err.message, err
+        else:
+            raise AssertionError("a difference between the replicas was not seen")
+    if dist.get_rank() == 0:
+        print(f"exact: {dist.get_world_size()}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
