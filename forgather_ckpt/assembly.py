@@ -40,15 +40,13 @@ class Stored:
         return told | {name: Available(None, None) for name in self.values}
 
     def only(self, wanted: set[str]) -> "Stored":
-        """The items in `wanted`, and the tensors that aliases among them stand for."""
-        targets = {self.aliases[name].target for name in wanted & set(self.aliases)}
-        kept = wanted | targets
-        return Stored(
-            self.component,
-            {name: rows for name, rows in self.tensors.items() if name in kept},
-            {name: row for name, row in self.values.items() if name in kept},
-            {name: row for name, row in self.aliases.items() if name in kept},
-        )
+        """The items in `wanted`. An alias of a tensor that is not wanted becomes that tensor, under its own name."""
+        kept = {name: rows for name, rows in self.tensors.items() if name in wanted}
+        aliases = {name: alias for name, alias in self.aliases.items() if name in wanted and alias.target in wanted}
+        for name in wanted & (set(self.aliases) - set(aliases)):
+            alias = self.aliases[name]
+            kept[name] = [row._replace(name=name, order=alias.order) for row in self.tensors[alias.target]]
+        return Stored(self.component, kept, {name: row for name, row in self.values.items() if name in wanted}, aliases)
 
 
 def gather(component: str, parts: Sequence[IndexEntry]) -> Stored:

@@ -32,7 +32,11 @@ class Rejected:
     """A directory with a manifest that is not a checkpoint, and why not."""
 
     path: Path
-    reason: str
+    error: FormatError
+
+    @property
+    def reason(self) -> str:
+        return self.error.message
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def scan(run: Path) -> Catalog:
         except CheckpointNotFound:
             continue
         except FormatError as err:
-            rejected.append(Rejected(path, err.message))
+            rejected.append(Rejected(path, err))
     by_path = {checkpoint.path: checkpoint for checkpoint in checkpoints}
     ordered = newest_first([checkpoint.candidate for checkpoint in checkpoints])
     return Catalog(tuple(by_path[found.path] for found in ordered), tuple(rejected), tuple(unfinished))

@@ -70,13 +70,17 @@ class Comm:
         message, cause = self._attempt(prefix, work)
         self._post(f"{prefix}/{self.rank}", message)
         if "error" in message:
-            self._store.add(f"{prefix}/failed", 1)
+            self._raise_flag(prefix)
         if cause is not None and not isinstance(cause, Exception):
             # KeyboardInterrupt, SystemExit: this rank obeys, after the others have been told
             if self.rank == 0:
                 self._post(f"{prefix}/verdict", {"error": one_error(phase, {0: message}).to_wire()})
             raise cause
-        verdict = self._lead(prefix, phase, decide) if self.rank == 0 else self._follow(prefix, phase)
+        try:
+            verdict = self._lead(prefix, phase, decide) if self.rank == 0 else self._follow(prefix, phase)
+        except BaseException as err:
+            self._announce_exit(err)
+            raise
         if "error" in verdict:
             raise from_wire(verdict["error"]) from cause
         return verdict["ok"]
@@ -110,6 +114,17 @@ class Comm:
         finally:
             self._working_on = None
 
+    def _announce_exit(self, err: BaseException) -> None:
+        """Tell the others, who go on to the next phase, that this rank was interrupted while it waited for them."""
+        failure = RankFailed(f"interrupted by {type(err).__name__}", rank=self.rank)
+        prefix = f"{self._operation}/{self._phase + 1}"
+        self._post(f"{prefix}/{self.rank}", {"error": failure.to_wire()})
+        self._raise_flag(prefix)
+
+    def _raise_flag(self, prefix: str) -> None:
+        self._posted[-1].append(f"{prefix}/failed")
+        self._store.add(f"{prefix}/failed", 1)
+
     def _post(self, key: str, message: dict[str, Any]) -> None:
         self._posted[-1].append(key)
         self._store.set(key, json.dumps(message))
@@ -132,6 +147,8 @@ class Comm:
             self._post(f"{prefix}/verdict", {"error": failure.to_wire()})
             raise
         self._post(f"{prefix}/verdict", verdict)
+        # `set` does not wait for the store: this rank may exit now, and must not be taken for one that died before
+        self._store.check([f"{prefix}/verdict"])
         return verdict
 
     def _claim(self, prefix: str) -> None:
@@ -149,7 +166,8 @@ class Comm:
                 break
             if patience.look_around():
                 pending = [rank for rank, key in keys.items() if not self._store.check([key])]
-                if dead := [rank for rank in pending if self._is_dead(rank)]:
+                dead = [rank for rank in pending if self._is_dead(rank) and not self._store.check([keys[rank]])]
+                if dead:
                     raise RankTimeout(f"{phase} failed: {self._name_dead(dead)}", rank=dead[0])
                 if late := patience.late(pending):
                     raise RankTimeout(
@@ -175,6 +193,8 @@ class Comm:
                 error = RankTimeout(f"{phase} failed: no verdict from rank 0 within the deadline", rank=0)
             else:
                 continue
+            if self._store.check([key]):
+                break  # it spoke, and then its process ended
             # If rank 0 has begun to decide, its verdict counts: wait for it once more.
             current = self._store.compare_set(f"{prefix}/claim", "", json.dumps(error.to_wire()))
             if current != b"0":

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forgather_ckpt import files, paths
-from forgather_ckpt.catalog import scan
-from forgather_ckpt.errors import StorageError
+from forgather_ckpt.catalog import read_checkpoint, scan
+from forgather_ckpt.errors import CheckpointError, StorageError
 from forgather_ckpt.manifest import CheckpointManifest
 
 
@@ -89,7 +89,14 @@ def _take_name(draft: Draft) -> Path | None:
 
 
 def abandon(draft: Draft) -> None:
-    """Remove what a failed save left. Never raises: the failure itself is the news."""
+    """Remove what a failed save left. Never raises: the failure itself is the news.
+
+    If the sync after an exchange failed, the old checkpoint lies under the draft's name, and it may be the only
+    durable one: it stays.
+    """
+    with contextlib.suppress(CheckpointError, OSError):
+        if read_checkpoint(draft.directory).manifest.sequence != draft.sequence:
+            return
     _discard_quietly(draft.directory, draft.nonce)
 
 

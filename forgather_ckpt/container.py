@@ -76,7 +76,7 @@ def stored_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def header_cost(slot: Slot) -> int:
     """An upper bound of the bytes that the slot takes in the header."""
-    escapes = len(slot.key.encode("utf-16-le")) // 2  # at most `\\uXXXX` for each
+    escapes = len(slot.key.encode("utf-16-le")) // 2  # `\uXXXX` each at most
     return 6 * escapes + 24 * len(slot.shape) + 120
 
 

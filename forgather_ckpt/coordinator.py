@@ -127,8 +127,8 @@ class CheckpointCoordinator:
         try:
             report = load(self._job, request)
         except Torn as torn:
-            self._torn = tuple(dict.fromkeys((*self._torn, *torn.components)))
-            raise torn_error(torn) from torn.error
+            self._torn = tuple(dict.fromkeys((*self._torn, *torn.touched)))
+            raise torn_error(torn) from torn.error.__cause__
         self._torn = tuple(key for key in self._torn if key not in report.loaded)
         self._parent = {"step": report.step, "sequence": report.sequence, "digest": report.digest}
         return report

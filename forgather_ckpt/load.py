@@ -6,7 +6,7 @@ checkpoint was ours, the next older one is loaded over it, otherwise the error s
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 
 from forgather_ckpt import catalog, files, reading, resume
 from forgather_ckpt.assembly import Assembly, Stored, assemble, gather
+from forgather_ckpt.comm import Comm
 from forgather_ckpt.component import ChoosesTargets, StateComponent, Target
 from forgather_ckpt.declarations import declare
 from forgather_ckpt.entries import Resize, check_pattern, entry_for
@@ -26,6 +27,7 @@ from forgather_ckpt.errors import (
     LoadMismatch,
     StorageError,
     TornState,
+    UnsupportedVersion,
 )
 from forgather_ckpt.index import Index, IndexEntry
 from forgather_ckpt.job import Job
@@ -73,12 +75,17 @@ class LoadReport:
 
 
 class Torn(Exception):
-    """A load failed in apply: carries the error that all ranks agreed on, and the components it had begun to load."""
+    """A load failed in apply: carries what was raised, and the components it had begun to load.
 
-    def __init__(self, error: CheckpointError, components: Sequence[str]) -> None:
-        super().__init__(error.message)
+    `error` is the one that all ranks agreed on, or what interrupted this rank. `touched` are this rank's components,
+    `named` those of all ranks, for a message that is the same everywhere.
+    """
+
+    def __init__(self, error: BaseException, touched: Iterable[str], named: Iterable[str]) -> None:
+        super().__init__(str(error))
         self.error = error
-        self.components = tuple(components)
+        self.touched = tuple(dict.fromkeys(touched))
+        self.named = tuple(dict.fromkeys(named))
 
 
 def load(job: Job, request: Request) -> LoadReport:
@@ -107,16 +114,39 @@ def load(job: Job, request: Request) -> LoadReport:
         except _DAMAGE as err:
             failure: CheckpointError = err
         except Torn as err:
-            torn, failure = err, err.error
-            if not isinstance(failure, _DAMAGE):
+            before = torn
+            torn = err if before is None else Torn(err.error, before.touched + err.touched, before.named + err.named)
+            if not isinstance(err.error, _DAMAGE):
                 break
+            failure = err.error
         else:
+            if torn is not None:
+                _refuse_leftovers(comm, torn, report)
             return LoadReport(**{**report.__dict__, "fell_back_from": tuple(passed_over)})
-        logger.warning("checkpoint %s is passed over: %s", path, failure.message)
+        if len(candidates) > 1:
+            logger.warning("checkpoint %s is passed over: %s", path, failure.message)
         passed_over.append((Path(path), failure.message))
     if torn is not None:
         raise torn
     raise failure
+
+
+def _refuse_leftovers(comm: Comm, torn: Torn, report: LoadReport) -> None:
+    """`Torn` where a failed load touched a component which the older checkpoint that was taken instead lacks."""
+    touched = [key for key in torn.touched if key not in report.loaded]
+
+    def check() -> None:
+        if touched:
+            raise TornState(
+                f"the checkpoint of step {report.step} was loaded instead of a damaged one, but does not have "
+                f"{', '.join(touched)}, which had been touched by then",
+                component=touched[0],
+            )
+
+    try:
+        comm.agree("falling back to an older checkpoint", check)
+    except CheckpointError as err:
+        raise Torn(err, touched, [err.component or ""]) from torn.error
 
 
 def _choose(run: Path, which: str | int | Path | None) -> list[list[str]]:
@@ -130,6 +160,15 @@ def _choose(run: Path, which: str | int | Path | None) -> list[list[str]]:
     by_path = {checkpoint.path: checkpoint for checkpoint in scanned.checkpoints}
     for rejected in scanned.rejected:
         logger.warning("%s is not a committed checkpoint: %s", rejected.path, rejected.reason)
+        if isinstance(rejected.error, UnsupportedVersion):
+            raise rejected.error  # perhaps the newest one; an older one must not be taken for it
+    if scanned.rejected and not scanned.checkpoints:
+        # "none" would be an invitation to start afresh, over them
+        raise CheckpointDamaged(
+            f"none of the {len(scanned.rejected)} checkpoints in {run} is whole; {scanned.rejected[0].path.name}: "
+            f"{scanned.rejected[0].reason}",
+            path=str(scanned.rejected[0].path),
+        )
     chosen = resume.choose([checkpoint.candidate for checkpoint in scanned.checkpoints], which)
     return [[str(one.path.resolve()), by_path[one.path].manifest.digest] for one in chosen]
 
@@ -152,19 +191,14 @@ def _load_one(
         wanted = [want for recipe in only.recipes for assembly in recipe.assemblies for want in assembly.wanted]
         reading.read(path, wanted, on_progress=comm.beat)
 
-    def apply() -> None:
-        if not request.staged:
-            read()
-        for recipe in only.recipes:
-            recipe.load(job)
-        _check_restored(only.recipes)
-
     if request.staged:
         comm.agree("reading the checkpoint", read)
     try:
-        comm.agree("loading the checkpoint", apply)
-    except CheckpointError as err:
-        raise Torn(err, [recipe.component.key for recipe in only.recipes]) from err
+        if not request.staged:
+            comm.agree("reading the checkpoint", read)
+        comm.agree("loading the checkpoint", lambda: _give(only.recipes, job))
+    except BaseException as err:
+        raise Torn(err, [recipe.component.key for recipe in only.recipes], only.chosen) from err
     for key, reason in skipped.items():
         logger.warning("component %r was not loaded: %s", key, reason)
     manifest = only.manifest
@@ -194,6 +228,7 @@ class _Recipe:
         """Give the state to the stateful, once its bytes are read."""
         component = self.component
         states = [assembly.state_dict() for assembly in self.assemblies]
+        doing = "on_resize()"
         try:
             if self.is_resized:
                 assert callable(component.on_resize)
@@ -201,12 +236,13 @@ class _Recipe:
             else:
                 [state] = states
             assert component.stateful is not None
+            doing = "load_state_dict()"
             component.stateful.load_state_dict(state)
         except CheckpointError as err:
             raise err.at(component=component.key) from None
         except Exception as err:
             raise LoadMismatch(
-                f"component {component.key!r}: load_state_dict() raised {type(err).__name__}: {err}",
+                f"component {component.key!r}: {doing} raised {type(err).__name__}: {err}",
                 component=component.key,
             ) from err
 
@@ -215,6 +251,8 @@ class _Recipe:
 class _Prepared:
     manifest: CheckpointManifest
     recipes: Sequence[_Recipe]
+    chosen: Sequence[str]
+    """Components that the job and the checkpoint have, the same on all ranks."""
     found: frozenset[str]
     """Components of the checkpoint that are loaded, on whichever ranks hold them."""
 
@@ -243,7 +281,7 @@ def _prepare(
             if recipe is not None:
                 recipes.append(recipe)
     found = frozenset(component.key for component in chosen if component.key not in skipped)
-    prepared.append(_Prepared(manifest, recipes, found))
+    prepared.append(_Prepared(manifest, recipes, [component.key for component in chosen], found))
 
 
 def _match(
@@ -376,6 +414,26 @@ def _check_module(component: StateComponent, stored: Stored, live: State) -> Non
             )
 
 
+def _give(recipes: Sequence[_Recipe], job: Job) -> None:
+    """Give every component its state, and look at what it made of it.
+
+    `load_state_dict()` and `state_dict()` may be collectives, so each is called once, in order, whatever the ones
+    before did; the first failure is raised at the end.
+    """
+    failures: list[CheckpointError] = []
+    for recipe in recipes:
+        try:
+            recipe.load(job)
+        except CheckpointError as err:
+            failures.append(err)
+    try:
+        _check_restored(recipes)
+    except CheckpointError as err:
+        failures.append(err)
+    if failures:
+        raise failures[0]
+
+
 def _check_restored(recipes: Sequence[_Recipe]) -> None:
     """Take the structure again: a tensor that came back with another dtype or shape was changed by its stateful."""
     states = capture_live([recipe.component for recipe in recipes])
@@ -394,14 +452,17 @@ def _check_restored(recipes: Sequence[_Recipe]) -> None:
                 )
 
 
-def torn_error(torn: Torn) -> CheckpointError:
-    """The error for the caller: what went wrong, and what is no longer whole."""
-    return type(torn.error)(
-        f"{torn.error.message}. The live state of {', '.join(torn.components)} is now torn between two states: load a "
+def torn_error(torn: Torn) -> BaseException:
+    """The error for the caller: what went wrong, and what is no longer whole. What interrupted this rank stays as it is."""
+    error = torn.error
+    if not isinstance(error, CheckpointError):
+        return error
+    return type(error)(
+        f"{error.message}. The live state of {', '.join(torn.named)} is now torn between two states: load a "
         "checkpoint successfully before saving or training on",
-        rank=torn.error.rank,
-        component=torn.error.component,
-        path=torn.error.path,
+        rank=error.rank,
+        component=error.component,
+        path=error.path,
     )
 
 

@@ -59,6 +59,7 @@ class NamedOptimizer:
         """State goes to the device of the parameter that it belongs to; of other layers' parameters nothing is
         wanted."""
         targets: dict[str, Target | None] = {}
+        devices = self._step_devices()
         for item, what in available.items():
             kind, name, key = self._parse(item)
             if name is None:
@@ -66,7 +67,7 @@ class NamedOptimizer:
             elif what.dtype is None or kind == "groups":
                 targets[item] = Target("cpu")
             else:
-                targets[item] = Target(self._device(self._parameters[name], key))
+                targets[item] = Target(_device(self._parameters[name], key, devices))
         return {item: target for item, target in targets.items() if not self._is_live(item, target)}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -78,10 +79,14 @@ class NamedOptimizer:
             if name is None:
                 raise LoadMismatch(f"{item!r} belongs to no parameter of this optimizer's model")
             (states if kind == "state" else groups).setdefault(name, {})[key] = value
+        devices = self._step_devices()
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 name = self._name(parameter)
-                loaded = {key: self._placed(parameter, key, value) for key, value in states.get(name, {}).items()}
+                loaded = {
+                    key: value.to(_device(parameter, key, devices)) if isinstance(value, torch.Tensor) else value
+                    for key, value in states.get(name, {}).items()
+                }
                 if loaded:
                     self.optimizer.state[parameter] = loaded
                 else:
@@ -128,15 +133,14 @@ class NamedOptimizer:
                     return kind, name, rest[len(name) + 1 :]
         return kind, None, ""
 
-    def _placed(self, parameter: nn.Parameter, key: str, value: Any) -> Any:
-        return value.to(self._device(parameter, key)) if isinstance(value, torch.Tensor) else value
-
-    def _device(self, parameter: nn.Parameter, key: str) -> torch.device:
-        """Where torch keeps an item of the state: step counters in host memory, unless captured or fused."""
-        if key != "step":
-            return parameter.device
-        group = next(group for group in self.optimizer.param_groups if any(p is parameter for p in group["params"]))
-        return parameter.device if group.get("capturable") or group.get("fused") else torch.device("cpu")
+    def _step_devices(self) -> dict[nn.Parameter, torch.device]:
+        """Where torch keeps each parameter's step counter: in host memory, unless captured or fused."""
+        host = torch.device("cpu")
+        return {
+            parameter: parameter.device if group.get("capturable") or group.get("fused") else host
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+        }
 
     def _is_live(self, item: str, target: Target | None) -> bool:
         """Whether the item exists already, so that it can be filled in place."""
@@ -144,6 +148,11 @@ class NamedOptimizer:
         if target is None or name is None or kind != "state":
             return False
         return key in self.optimizer.state.get(self._parameters[name], {})
+
+
+def _device(parameter: nn.Parameter, key: str, step_devices: Mapping[nn.Parameter, torch.device]) -> torch.device:
+    """Where an item of a parameter's state belongs."""
+    return step_devices.get(parameter, parameter.device) if key == "step" else parameter.device
 
 
 def _equal(one: Any, other: Any) -> bool:

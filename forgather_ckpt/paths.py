@@ -16,6 +16,9 @@ TEMPORARY_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
 """Directories with these prefixes are nobody's checkpoint: the owner of the run directory may delete them."""
 
+_NUMBERED = re.compile(r"-(\d{5,}|part\d+)$")
+"""How the names below end; a key that ends so might take the name of another component's file."""
+
 _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
@@ -79,6 +82,6 @@ def stems(keys: Sequence[str]) -> dict[str, str]:
 
 def _stem(key: str, *, unique: bool) -> str:
     fitting = re.sub(r"[^A-Za-z0-9._-]", "_", key)[:64].lstrip(".-")
-    if fitting == key and unique and fitting not in ("small", "index"):
+    if fitting == key and unique and fitting not in ("small", "index") and not _NUMBERED.search(fitting):
         return key
     return f"{fitting or 'component'}-{xxh3_64_hexdigest(key.encode('utf-8', 'surrogatepass'))[:8]}"

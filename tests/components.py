@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -118,4 +117,4 @@ def the_same(results: Sequence[Any]) -> Any:
 
 def listing(run: Path) -> list[str]:
     """What is in a run directory, without the lease."""
-    return sorted(name for name in os.listdir(run) if name != ".lease")
+    return sorted(path.name for path in run.iterdir() if path.name != ".lease")

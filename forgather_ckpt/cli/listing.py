@@ -94,12 +94,17 @@ def age_of(created: str, now: datetime.datetime) -> str:
 
 
 def _summary(directory: Path, catalog: Catalog) -> str:
-    newest = catalog.checkpoints[0].manifest.step if catalog.checkpoints else None
+    if (newer := selection.of_newer_version(catalog)) is not None:
+        resume = f"resume refused: {text.printable(newer.path.name)} is of a newer format"
+    elif catalog.checkpoints:
+        resume = f"resume → step {catalog.checkpoints[0].manifest.step}"
+    else:
+        resume = "nothing to resume from"
     parts = [
         text.plural(len(catalog.checkpoints), "checkpoint"),
         text.size(sum(checkpoint.manifest.num_bytes for checkpoint in catalog.checkpoints)),
         f"free {text.size(files.free_bytes(directory))}",
-        "nothing to resume from" if newest is None else f"resume → step {newest}",
+        resume,
     ]
     saves = [path.name for path in catalog.unfinished if path.name.startswith(paths.TEMPORARY_PREFIX)]
     removals = [path.name for path in catalog.unfinished if path.name not in saves]
@@ -111,7 +116,8 @@ def _summary(directory: Path, catalog: Catalog) -> str:
 
 
 def _data(directory: Path, catalog: Catalog) -> dict[str, Any]:
-    newest = catalog.checkpoints[0] if catalog.checkpoints else None
+    is_open = catalog.checkpoints and selection.of_newer_version(catalog) is None
+    newest = catalog.checkpoints[0] if is_open else None
     return {
         "run": str(directory.absolute()),
         "checkpoints": [

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from forgather_ckpt import catalog, paths, resume, strict_json
-from forgather_ckpt.catalog import Catalog
-from forgather_ckpt.errors import CheckpointNotFound
+from forgather_ckpt.catalog import Catalog, Rejected
+from forgather_ckpt.errors import CheckpointNotFound, UnsupportedVersion
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,6 +46,11 @@ def scan(run: Path) -> Catalog:
     if not run.is_dir():
         raise CheckpointNotFound(f"there is no run directory {run}", path=str(run))
     return catalog.scan(run)
+
+
+def of_newer_version(found: Catalog) -> Rejected | None:
+    """A checkpoint that a newer version wrote: a resume from "latest" refuses to take an older one for it."""
+    return next((rejected for rejected in found.rejected if isinstance(rejected.error, UnsupportedVersion)), None)
 
 
 def find(run: Path, selector: str) -> Path:

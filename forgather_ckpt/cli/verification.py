@@ -107,7 +107,11 @@ def _advice(results: Sequence[Verification]) -> Iterator[str]:
     damaged = {result.path.resolve() for result in results if not result.is_good}
     checked = {result.path.resolve() for result in results}
     for run in dict.fromkeys(path.parent for path in damaged):
-        candidates = [checkpoint.candidate for checkpoint in catalog.scan(run).checkpoints]
+        found = catalog.scan(run)
+        if (newer := selection.of_newer_version(found)) is not None:
+            yield f"→ resume latest would refuse: {text.printable(newer.path.name)} is of a newer format"
+            continue
+        candidates = [checkpoint.candidate for checkpoint in found.checkpoints]
         chosen = next_resume(candidates, damaged)
         if chosen is None:
             yield f"→ resume latest in {text.printable(str(run))} would find nothing good"

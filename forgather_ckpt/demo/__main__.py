@@ -155,9 +155,9 @@ def log_losses(run: Path) -> Callable[[Trainer], None]:
 
 
 def describe(trainer: Trainer) -> str:
-    millions = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
+    num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     return (
-        f"{millions:.1f} M parameters, {trainer.loader.position.num_samples} windows of text, "
+        f"{num_parameters:,} parameters, {trainer.loader.position.num_samples:,} windows of text, "
         f"{trainer.world_size} x {trainer.device.type}, {trainer.total_steps} steps"
     )
 

@@ -99,7 +99,7 @@ def lay_out_buckets(model: DistributedDataParallel) -> None:
         return
     model.module = _ZeroLoss(module)
     try:
-        model().backward()
+        model(torch.zeros((), device=next(module.parameters()).device)).backward()
     finally:
         model.module = module
     model.zero_grad(set_to_none=True)
@@ -112,6 +112,6 @@ class _ZeroLoss(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self) -> torch.Tensor:
+    def forward(self, zero: torch.Tensor) -> torch.Tensor:  # on CUDA, DDP wants an input
         used = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        return torch.stack([parameter.sum().float() * 0 for parameter in used]).sum()
+        return zero + torch.stack([parameter.sum().float() * 0 for parameter in used]).sum()

@@ -63,9 +63,10 @@ export OMP_NUM_THREADS=1
 export GLOO_SOCKET_IFNAME=lo RES_OPTIONS=attempts:0 TORCH_CPP_LOG_LEVEL=ERROR
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-num_gpus="$(python -c 'import torch; print(torch.__version__, torch.cuda.device_count())')" || fail "torch does not start"
-echo "torch ${num_gpus% *}, GPUs: ${num_gpus#* }"
-case "${num_gpus#* }" in
+facts="$(python -c 'import torch; print(torch.__version__, torch.cuda.device_count())')" || fail "torch does not start"
+num_gpus="${facts#* }"
+echo "torch ${facts% *}, GPUs: $num_gpus"
+case "$num_gpus" in
     0) device=(--device cpu) ;;
     1) device=(--device cuda:0 --backend gloo) ;; # NCCL refuses two processes on one GPU
     *) device=(--device cuda) ;;

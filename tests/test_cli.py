@@ -1,0 +1,705 @@
+"""`fgckpt`: what it prints where, its exit codes, and that it never waits for torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import errno
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from forgather_ckpt import catalog, files, paths
+from forgather_ckpt import manifest as manifest_module
+from forgather_ckpt.catalog import Catalog, Checkpoint, Rejected
+from forgather_ckpt.cli import main, selection, table, text, verification
+from forgather_ckpt.cli.listing import listing, shown_metric
+from forgather_ckpt.cli.table import Column, Table
+from forgather_ckpt.component import StateComponent
+from forgather_ckpt.coordinator import CheckpointCoordinator
+from forgather_ckpt.errors import FormatError
+from forgather_ckpt.manifest import CheckpointManifest, Validation
+from forgather_ckpt.patterns import SharingPattern, ValidationLevel
+from forgather_ckpt.resume import Candidate
+from tests.components import Box
+from tests.test_layers import LIGHT, module_names
+
+ROOT = Path(__file__).parents[1]
+CREATED = "2026-11-21T14:30:00+00:00"
+
+
+class Result(NamedTuple):
+    """How one call of the command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> Any:
+        return json.loads(self.out)
+
+
+Fgckpt = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One real checkpoint, the pattern for all others."""
+    weight = torch.zeros(3, 4)
+    components = [
+        StateComponent("model", Box({"weight": weight, "tied": weight, "half": weight.half()}), SharingPattern.GLOBAL),
+        StateComponent("progress", Box({"step": 5, "note\x1b[31m": "red"}), SharingPattern.GLOBAL),
+    ]
+    arguments = {"learning_rate": 0.001, "hub_token": "secret"}
+    with CheckpointCoordinator(components, tmp_path_factory.mktemp("saved"), training_args=arguments) as coordinator:
+        return coordinator.save_checkpoint(5)
+
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(saved: Path, tmp_path: Path) -> Make:
+    """Make a checkpoint in the run directory `tmp_path`: hard links to the real one, and a manifest of its own."""
+    original = CheckpointManifest.load(saved)
+
+    def make(step: int, **changes: Any) -> Path:
+        path = tmp_path / paths.checkpoint(step)
+        shutil.copytree(saved, path, copy_function=os.link)
+        manifest = dataclasses.replace(original, **{"step": step, "sequence": step, "created": CREATED, **changes})
+        (path / paths.MANIFEST).unlink()
+        (path / paths.MANIFEST).write_bytes(manifest.to_bytes())
+        return path
+
+    return make
+
+
+@pytest.fixture
+def fgckpt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Fgckpt:
+    monkeypatch.delenv("FGCKPT_DIR", raising=False)
+
+    def call(*arguments: str | Path) -> Result:
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+def damage(file: Path) -> None:
+    """Flip the last byte, in a copy of its own."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.unlink()
+    file.write_bytes(data)
+
+
+def tensor_file(checkpoint: Path) -> Path:
+    [file] = checkpoint.glob("*.safetensors")
+    return file
+
+
+# ---- ls
+
+
+def test_ls_lists_the_newest_first(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:
+    make(10, epoch=0.5, metrics={"loss": 3.25})
+    make(20, epoch=1.0, metrics={"loss": 3.0, "eval_loss": 3.123456789}, kind="epoch")
+    make(15, sequence=30)
+    truncated = make(12)
+    (truncated / "index-00000.json").unlink()
+    (tmp_path / ".tmp-checkpoint-25-abc").mkdir()
+    (tmp_path / ".trash-checkpoint-1-abc").mkdir()
+    (tmp_path / "logs").mkdir()
+    result = fgckpt("ls", tmp_path)
+    lines = result.out.splitlines()
+    assert [line.split()[:2] for line in lines[:-1]] == [
+        ["STEP", "EPOCH"],
+        ["15", "-"],
+        ["20", "1"],
+        ["10", "0.5"],
+        ["12", "-"],
+    ]
+    assert lines[0].split() == ["STEP", "EPOCH", "AGE", "KIND", "eval_loss", "SIZE", "FILES", "STATE"]
+    assert lines[2].split()[3:5] == ["epoch", "3.12346"]
+    assert "rejected: index-00000.json is missing; the manifest expects " in lines[4]
+    assert lines[-1].startswith("3 checkpoints  ")
+    assert "resume → step 15  1 unfinished save ignored (.tmp-checkpoint-25-abc)  1 unfinished removal" in lines[-1]
+    assert (result.code, result.err) == (0, "")
+
+
+def test_ls_of_an_empty_run_says_so(fgckpt: Fgckpt, tmp_path: Path) -> None:
+    result = fgckpt("ls", tmp_path)
+    assert result.code == 0
+    assert result.out.startswith("0 checkpoints  0 B  free ")
+    assert result.out.endswith("nothing to resume from\n")
+
+
+def test_ls_takes_the_directory_from_the_environment_and_from_where_it_is(
+    fgckpt: Fgckpt, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(10)
+    monkeypatch.chdir(tmp_path)
+    assert fgckpt("ls").out.splitlines()[1].split()[0] == "10"
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("FGCKPT_DIR", str(tmp_path))
+    assert fgckpt("ls").out.splitlines()[1].split()[0] == "10"
+    assert fgckpt("show").code == 0
+    assert fgckpt("verify").code == 0
+
+
+def test_ls_json(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:
+    path = make(10, metrics={"loss": 3.25}, epoch=0.5)
+    rejected = make(12)
+    tensor_file(rejected).unlink()
+    (tmp_path / ".tmp-checkpoint-25-abc").mkdir()
+    data = fgckpt("ls", "--json", tmp_path).data
+    manifest = CheckpointManifest.load(path)
+    assert data.pop("free_bytes") > 0
+    [found] = data.pop("rejected")
+    assert found["path"] == str(rejected)
+    assert "is missing" in found["reason"]
+    assert data == {
+        "schema": "fgckpt.ls/1",
+        "run": str(tmp_path),
+        "checkpoints": [
+            {
+                "path": str(path),
+                "step": 10,
+                "sequence": 10,
+                "epoch": 0.5,
+                "kind": "periodic",
+                "created": CREATED,
+                "world_size": 1,
+                "metrics": {"loss": 3.25},
+                "bytes": manifest.num_bytes,
+                "files": 2,
+                "digest": manifest.digest,
+            }
+        ],
+        "unfinished": [str(tmp_path / ".tmp-checkpoint-25-abc")],
+        "resume": {"step": 10, "path": str(path)},
+    }
+
+
+def test_a_checkpoint_of_a_newer_version_stands_in_the_way_of_a_resume(
+    fgckpt: Fgckpt, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(10)
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest_module, "VERSION", "2.0")
+        make(20)
+    result = fgckpt("ls", tmp_path)
+    assert "rejected: the manifest has format version '2.0'" in result.out
+    assert "resume refused: checkpoint-20 is of a newer format" in result.out
+    assert fgckpt("ls", "--json", tmp_path).data["resume"] is None
+    result = fgckpt("verify", "--all", "-d", tmp_path)
+    assert result.code == 1
+    assert result.out.endswith("→ resume latest would refuse: checkpoint-20 is of a newer format\n")
+
+
+def test_the_listing_is_pure(saved: Path) -> None:
+    manifest = dataclasses.replace(CheckpointManifest.load(saved), created=CREATED, step=7, metrics={"f1": {"a": 1}})
+    now = datetime.datetime.fromisoformat("2026-11-21T14:34:00+00:00")
+    found = Catalog(
+        (
+            Checkpoint(Path("run/checkpoint-7"), manifest),
+            Checkpoint(Path("run/checkpoint-6.replaced-ab"), dataclasses.replace(manifest, step=6, created="soon")),
+        ),
+        (Rejected(Path("run/mine"), FormatError("bad\nbyte")),),
+        (),
+    )
+    assert [list(row) for row in listing(found, now).rows] == [
+        ["7", "-", "4m", "periodic", '{"a": 1}', text.size(manifest.num_bytes), "2", "ok"],
+        ["6", "-", "?", "periodic", '{"a": 1}', text.size(manifest.num_bytes), "2", "ok, as checkpoint-6.replaced-ab"],
+        ["mine", "-", "-", "-", "-", "-", "-", "rejected: bad\\nbyte"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "shown"),
+    [([], None), ([{}, {}], None), ([{}, {"b": 1, "a": 2}], "b"), ([{"b": 1}, {"loss": 2}], "loss")],
+)
+def test_the_metric_that_has_a_column(metrics: list[Mapping[str, Any]], shown: str | None, saved: Path) -> None:
+    manifest = CheckpointManifest.load(saved)
+    checkpoints = [Checkpoint(saved, dataclasses.replace(manifest, metrics=one)) for one in metrics]
+    assert shown_metric(checkpoints) == shown
+
+
+def test_200_checkpoints_are_listed_without_torch_numpy_or_rich(make: Make, tmp_path: Path) -> None:
+    for step in range(1, 201):
+        make(step)
+    light = [name for module in LIGHT for name in module_names(module) if not name.endswith("__main__")]
+    done = python(
+        f"""
+        import sys, importlib
+        from forgather_ckpt.cli import main
+        code = main(["ls", {str(tmp_path)!r}])
+        heavy = {{"torch", "numpy", "rich", "tqdm", "safetensors"}}
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)
+        for name in {light!r}:
+            importlib.import_module(name)
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)
+        sys.exit(code)
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 202
+    assert done.stdout.splitlines()[-1].startswith("200 checkpoints")
+
+
+def test_verify_and_show_need_no_torch_either(make: Make, tmp_path: Path) -> None:
+    make(1)
+    done = python(
+        f"""
+        import sys
+        from forgather_ckpt.cli import main
+        assert main(["verify", "-d", {str(tmp_path)!r}]) == 0
+        assert main(["show", "--tensors", "--args", "-d", {str(tmp_path)!r}]) == 0
+        assert not {{"torch", "numpy"}} & set(sys.modules)
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---- show
+
+
+def test_show_tells_what_a_checkpoint_is_made_of(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:
+    make(10, epoch=1.5, metrics={"loss": 3.25}, parent={"step": 5, "sequence": 1, "digest": "0" * 32})
+    result = fgckpt("show", "-d", tmp_path)
+    assert result.code == 0
+    lines = result.out.splitlines()
+    assert lines[0].startswith("checkpoint-10  step 10  epoch 1.5  periodic  saved 2026-11-21 14:30:00 UTC (")
+    assert lines[0].endswith(" by 1 rank on 1 node")
+    assert lines[1].startswith("sequence 10  after step 5  run ")
+    assert lines[2].split() == ["COMPONENT", "PATTERN", "WRITERS", "ITEMS", "SIZE", "CHECK"]
+    assert lines[3].split() == ["model", "GLOBAL", "0", "3", "72", "B", "not", "compared"]
+    assert lines[5].startswith("2 files  ")
+    assert lines[6] == "metrics: loss 3.25"
+
+
+def test_show_tells_the_result_of_the_replication_check(
+    fgckpt: Fgckpt, make: Make, tmp_path: Path, saved: Path
+) -> None:
+    components = dict(CheckpointManifest.load(saved).components)
+    model = dataclasses.replace(
+        components["model"], pattern=SharingPattern.PER_GROUP, group="dp", names="local", required=True
+    )
+    equal = Validation(ValidationLevel.TENSOR, "equal", num_items=3)
+    differed = Validation(ValidationLevel.QUICK, "differed", num_items=3, trusted={"all": (0,)})
+    make(
+        10,
+        components={
+            "model": dataclasses.replace(model, validation=equal),
+            "progress": dataclasses.replace(components["progress"], validation=differed),
+        },
+        omitted={"sampler": "has no\nstate"},
+    )
+    out = fgckpt("show", "-d", tmp_path).out
+    assert "PER_GROUP (dp)" in out
+    assert "TENSOR: 3 items equal on all holders" in out
+    assert "QUICK: DIFFERED, saved from rank 0" in out
+    assert "left out: sampler: has no\\nstate" in out
+
+
+def test_show_lists_items_files_and_arguments(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:
+    path = make(10)
+    out = fgckpt("show", "--tensors", "--files", "--args", "-d", tmp_path).out
+    lines = [line.split() for line in out.splitlines()]
+    file = tensor_file(path).name
+    assert ["model", "all", "weight", "float32", "[3,", "4]", "48", "B", file] in lines
+    assert ["model", "all", "tied", "=", "weight"] in lines
+    assert ["progress", "all", "note\\x1b[31m", "value", "red"] in lines
+    assert [line[0] for line in lines if line and line[0].startswith(("small", "index"))] == [file, "index-00000.json"]
+    assert ["learning_rate", "=", "0.001"] in lines
+    assert ["hub_token", "=", "(redacted)"] in lines
+
+
+def test_show_json_is_the_manifest_and_the_items(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:
+    path = make(10)
+    data = fgckpt("show", "--json", "-d", tmp_path).data
+    assert data == {
+        "schema": "fgckpt.show/1",
+        "path": str(path),
+        "manifest": json.loads((path / paths.MANIFEST).read_bytes()),
+    }
+    items = fgckpt("show", "--json", "--tensors", "-d", tmp_path).data["items"]
+    assert [item["name"] for item in items] == ["weight", "tied", "half", "step", "note\x1b[31m"]
+    assert items[0] == {
+        "component": "model",
+        "entry": "all",
+        "name": "weight",
+        "order": 1,
+        "dtype": "float32",
+        "shape": [3, 4],
+        "bytes": 48,
+        "files": [tensor_file(path).name],
+        "pieces": 1,
+    }
+    assert items[1]["same_as"] == "weight"
+    assert items[3]["value"] == 5
+
+
+# ---- verify
+
+
+def test_verify_of_good_checkpoints(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:
+    make(10)
+    make(20)
+    result = fgckpt("verify", "--all", "-d", tmp_path)
+    assert (result.code, result.err) == (0, "")
+    assert [line.split()[:4] for line in result.out.splitlines()] == [
+        ["ok", "checkpoint-20", "2", "files"],
+        ["ok", "checkpoint-10", "2", "files"],
+    ]
+    assert fgckpt("verify", "-d", tmp_path).out.split()[:2] == ["ok", "checkpoint-20"]
+
+
+def test_verify_names_what_is_damaged_and_what_a_resume_would_use(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:
+    make(10)
+    newest = make(20)
+    file = tensor_file(newest)
+    damage(file)
+    result = fgckpt("verify", "--all", "-d", tmp_path)
+    assert result.code == 1
+    first, problem, good, advice = result.out.splitlines()
+    assert first.split()[:2] == ["DAMAGED", "checkpoint-20"]
+    assert problem.strip().startswith(f"{file.name}: component 'model': 'half': block 1 of 1 (bytes ")
+    assert good.split()[:2] == ["ok", "checkpoint-10"]
+    assert advice == "→ resume latest would use step 10"
+    assert fgckpt("verify", "20", "-d", tmp_path).out.endswith("step 10 (not checked here)\n")
+
+    data = fgckpt("verify", "--json", "20", "10", "-d", tmp_path)
+    assert data.code == 1
+    bad, good_too = data.data["checkpoints"]
+    assert data.data["schema"] == "fgckpt.verify/1"
+    assert (bad["path"], bad["step"], bad["good"], bad["files"]) == (str(newest), 20, False, 2)
+    [told] = bad["problems"]
+    assert (told["file"], told["component"], told["item"]) == (file.name, "model", "half")
+    assert (good_too["step"], good_too["good"], good_too["problems"]) == (10, True, [])
+
+
+def test_verify_checks_rejected_ones_and_warns_of_those_that_it_does_not_check(
+    fgckpt: Fgckpt, make: Make, tmp_path: Path
+) -> None:
+    make(10)
+    tensor_file(make(20)).unlink()
+    by_default = fgckpt("verify", "-d", tmp_path)
+    assert by_default.code == 0
+    assert "checkpoint-20 is not committed" in by_default.err
+    for arguments in (["--all"], ["20"], ["step:20"], [str(tmp_path / "checkpoint-20")]):
+        result = fgckpt("verify", *arguments, "-d", tmp_path)
+        assert result.code == 1
+        assert result.err == ""
+        assert "DAMAGED  checkpoint-20" in result.out
+        assert "is missing" in result.out
+        assert "→ resume latest would use step 10" in result.out
+
+
+def test_verify_without_anything_good_left(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:
+    path = make(10)
+    damage(path / paths.MANIFEST)
+    result = fgckpt("verify", "--all", "-d", tmp_path)
+    assert result.code == 1
+    assert f"{paths.MANIFEST}: " in result.out
+    assert result.out.splitlines()[-1] == f"→ resume latest in {tmp_path} would find nothing good"
+
+
+def test_verify_tells_of_untidy_files(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:
+    (make(10) / "notes.txt").touch()
+    result = fgckpt("verify", "-d", tmp_path)
+    assert result.code == 0
+    assert "not part of it: notes.txt" in result.out
+
+
+def test_a_resume_takes_the_newest_that_is_not_known_to_be_damaged() -> None:
+    candidates = [Candidate(Path(f"/run/checkpoint-{step}"), step, step) for step in (1, 2, 3)]
+
+    def chosen(damaged: set[str]) -> int | None:
+        found = verification.next_resume(candidates, {Path(f"/run/checkpoint-{step}") for step in damaged})
+        return None if found is None else found.step
+
+    assert chosen(set()) == 3
+    assert chosen({"3"}) == 2
+    assert chosen({"2"}) == 3
+    assert chosen({"1", "2", "3"}) is None
+
+
+# ---- selectors
+
+
+def test_selectors(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (10, 20, 30):
+        make(step)
+    (make(40) / "index-00000.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    for selector, step in {
+        "latest": 30,
+        "latest~1": 20,
+        "latest~0": 30,
+        "20": 20,
+        "step:10": 10,
+        "40": 40,
+        "checkpoint-10": 10,
+        str(tmp_path / "checkpoint-20"): 20,
+    }.items():
+        assert selection.find(tmp_path, selector).resolve() == tmp_path / f"checkpoint-{step}", selector
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ls", "nowhere"],
+        ["show", "-d", "nowhere"],
+        ["show", "7"],
+        ["show", "latest~1"],
+        ["show", "latest~" + "9" * 40],
+        ["show", "best"],
+        ["show", "."],
+        ["verify", "step:7"],
+        ["verify", "nowhere/checkpoint-1"],
+        ["verify", "--all", "-d", "empty"],
+        ["verify", "-d", "empty"],
+    ],
+)
+def test_what_is_not_there_is_exit_code_3(
+    arguments: list[str], fgckpt: Fgckpt, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(10)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = fgckpt(*arguments)
+    assert (result.code, result.out) == (3, "")
+    assert result.err.startswith("fgckpt: ")
+    assert result.err.count("\n") == 1
+
+
+# ---- exit codes and help
+
+
+@pytest.mark.parametrize(
+    "arguments", [["frobnicate"], ["ls", "--nonsense"], ["verify", "--all", "10"], ["ls", __file__]]
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str], fgckpt: Fgckpt) -> None:
+    result = fgckpt(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert "Usage: fgckpt" in result.err
+
+
+def test_show_of_a_rejected_checkpoint_is_exit_code_1(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:
+    path = make(10)
+    (path / "index-00000.json").unlink()
+    result = fgckpt("show", "10", "-d", tmp_path)
+    assert (result.code, result.out) == (1, "")
+    assert "index-00000.json is missing" in result.err
+    assert str(path) in result.err
+
+
+def test_a_failing_file_system_is_exit_code_5(
+    fgckpt: Fgckpt, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(10)
+
+    def fail(*_: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "read_at", fail)
+        result = fgckpt("show", "--tensors", "--json", "-d", tmp_path)
+    assert (result.code, result.out) == (5, "")
+    assert "Input/output error" in result.err
+    monkeypatch.setattr(catalog, "scan", fail)
+    result = fgckpt("ls", tmp_path)
+    assert (result.code, result.out) == (5, "")
+    assert "Input/output error" in result.err
+
+
+def test_an_interrupt_is_exit_code_130(
+    fgckpt: Fgckpt, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(10)
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verification.offline, "verify", interrupt)
+    result = fgckpt("verify", "-d", tmp_path)
+    assert (result.code, result.out) == (130, "")
+    assert "interrupted" in result.err
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["ls", "-h"], ["show", "-h"], ["verify", "-h"]])
+def test_help_opens_with_an_example(arguments: list[str], fgckpt: Fgckpt) -> None:
+    result = fgckpt(*arguments)
+    assert result.code == 0
+    lines = [line.strip() for line in result.out.splitlines()]
+    assert lines[0].startswith("Usage: fgckpt")
+    assert lines[2].startswith("Example:")
+
+
+def test_help_tells_the_exit_codes_and_selectors(fgckpt: Fgckpt) -> None:
+    out = fgckpt("--help").out
+    for line in (
+        "0    fine",
+        "1    the check found",
+        "2    wrong usage",
+        "3    no such",
+        "5    the file",
+        "130  inter",
+    ):
+        assert f"\n    {line}" in out
+    assert "latest~1" in out
+
+
+@pytest.mark.parametrize("module", ["forgather_ckpt", "forgather_ckpt.cli"])
+def test_the_modules_are_the_command(module: str, make: Make, tmp_path: Path) -> None:
+    make(10)
+    done = subprocess.run(
+        [sys.executable, "-m", module, "ls", str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "resume → step 10" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", module, "show", "11"], capture_output=True, cwd=tmp_path, check=False, env=env()
+    )
+    assert done.returncode == 3
+
+
+def test_a_terminal_without_arrows_gets_escapes_and_no_exception(make: Make, tmp_path: Path) -> None:
+    make(10)
+    done = subprocess.run(
+        [sys.executable, "-m", "forgather_ckpt", "ls", str(tmp_path)],
+        capture_output=True,
+        env=env(PYTHONIOENCODING="latin-1"),
+        check=False,
+    )
+    assert done.returncode == 0
+    assert rb"resume \u2192 step 10" in done.stdout
+
+
+# ---- on a terminal
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_boxes"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)],
+)
+def test_boxes_are_for_terminals_that_want_them(
+    settings: Mapping[str, str], has_boxes: bool, make: Make, tmp_path: Path
+) -> None:
+    make(10, metrics={"[red]loss": 1})
+    shown = on_a_terminal(["ls", str(tmp_path)], {"TERM": "xterm", "COLUMNS": "120", **settings})
+    assert ("╭" in shown) is has_boxes
+    assert "[red]loss" in shown
+    assert "resume → step 10" in shown
+
+
+def test_verify_shows_its_progress_on_a_terminal(make: Make, tmp_path: Path) -> None:
+    make(10)
+    shown = on_a_terminal(["verify", "-d", str(tmp_path)], {"TERM": "dumb"})
+    assert "checkpoint-10  100 % of" in shown
+    assert "ok       checkpoint-10" in shown
+
+
+def env(**settings: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM", "FGCKPT_DIR")}
+    return {**kept, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", "LC_ALL": "C.UTF-8", **settings}
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code)]
+    return subprocess.run(command, capture_output=True, text=True, env=env(), check=False)
+
+
+def on_a_terminal(arguments: list[str], settings: Mapping[str, str]) -> str:
+    """All that a terminal gets of a call of the command."""
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "forgather_ckpt", *arguments], stdout=slave, stderr=slave, env=env(**settings)
+    ) as process:
+        os.close(slave)
+        shown = b"".join(read_all(master))
+    os.close(master)
+    assert process.returncode == 0
+    return shown.decode()
+
+
+def read_all(descriptor: int) -> Iterator[bytes]:
+    while True:
+        try:
+            data = os.read(descriptor, 65536)
+        except OSError:  # EIO: the other end is closed
+            return
+        if not data:
+            return
+        yield data
+
+
+# ---- words
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "shown"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (999_949, "999.9 kB"),
+        (999_950, "1.0 MB"),
+        (456_700_000, "456.7 MB"),
+        (5_940_000_000, "5.9 GB"),
+        (10**19, "10000.0 PB"),
+    ],
+)
+def test_sizes(num_bytes: int, shown: str) -> None:
+    assert text.size(num_bytes) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (-5, "0s"),
+        (0, "0s"),
+        (59.9, "59s"),
+        (60, "1m"),
+        (3599, "59m"),
+        (3600, "1h"),
+        (47.9 * 3600, "47h"),
+        (49 * 3600, "2d"),
+    ],
+)
+def test_ages(seconds: float, shown: str) -> None:
+    assert text.age(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        ("plain ü", "plain ü"),
+        ("a\x1b[2Jb", "a\\x1b[2Jb"),
+        ("a\nb", "a\\nb"),
+        ("\ud800", "\\ud800"),
+        ("\u202e", "\\u202e"),
+    ],
+)
+def test_text_of_a_checkpoint_cannot_move_the_cursor(raw: str, shown: str) -> None:
+    assert text.printable(raw) == shown
+
+
+def test_plain_tables_are_aligned() -> None:
+    rows = [["a", "1"], ["long", "100"]]
+    assert Table([Column("NAME"), Column("N", "right")], rows).plain() == "NAME    N\na       1\nlong  100"
+    assert Table([Column("NAME"), Column("X")], [["a", ""]]).plain() == "NAME  X\na"
+    assert table.Table([Column("NAME")], []).plain() == "NAME"
