@@ -70,7 +70,7 @@ def compare(
 
     def roots() -> dict[str, str]:
         for holding in compared:
-            blocks[holding.number] = _hash(holding, comm)
+            blocks[holding.number] = memory.block_digests(holding.tensors.values(), comm.beat)
         return {
             str(holding.number): hashtree.state_digest(_records(holding, blocks[holding.number])).hex()
             for holding in compared
@@ -95,14 +95,6 @@ def compare(
         for number, verdict in verdicts.items()
     }
     return Comparison(findings, blocks, time.perf_counter() - started)
-
-
-def _hash(holding: Holding, comm: Comm) -> dict[str, tuple[bytes, ...]]:
-    blocks = {}
-    for name, item in holding.tensors.items():
-        blocks[name] = memory.tensor_blocks(item.tensor)
-        comm.beat()
-    return blocks
 
 
 def _records(holding: Holding, blocks: Mapping[str, tuple[bytes, ...]]) -> Iterator[tuple[str, bytes, bytes]]:

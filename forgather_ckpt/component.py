@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from forgather_ckpt import strict_json
 from forgather_ckpt.errors import DeclarationError
 from forgather_ckpt.patterns import TRAITS, SharingPattern, ValidationLevel
 from forgather_ckpt.topology import Topology
-from forgather_ckpt.values import NotPlain, encode
+from forgather_ckpt.values import NotPlain, dumps
 
 StateDict = dict[str, Any]
 
@@ -133,7 +134,8 @@ class StateComponent:
         try:
             if type(self.metadata) is not dict or not all(type(key) is str for key in self.metadata):
                 raise NotPlain("is not a dict with string keys")
-            encode(self.metadata)
+            if not _is_json(self.metadata):
+                raise NotPlain("it holds more than str, bool, None, finite numbers of 64 bits, lists and dicts of them")
         except NotPlain as err:
             raise refuse(f"metadata goes into a JSON manifest, but {err.reason}") from None
 
@@ -159,3 +161,12 @@ class StateComponent:
             "names": self.names,
             "on_resize": self.on_resize if isinstance(self.on_resize, str) else "function",
         }
+
+
+def _is_json(value: Any) -> bool:
+    """Whether plain JSON gives `value` back as it is; `NotPlain` where not even typed JSON can."""
+    typed = dumps(value)
+    try:
+        return strict_json.dumps(value) == typed
+    except (TypeError, ValueError):
+        return False

@@ -47,7 +47,7 @@ class CheckpointCoordinator:
         on_mismatch: Literal["error", "warn"] = "error",
         training_args: Mapping[str, Any] | None = None,
     ) -> None:
-        def check() -> None:
+        def prepare() -> ProcessGroups:
             if not shared_filesystem:
                 raise DeclarationError(
                     "shared_filesystem=False is not available yet; use a directory that all nodes share"
@@ -61,10 +61,12 @@ class CheckpointCoordinator:
                     f"{type(source).__name__} has no get_state_components(); give an object that has, or a list of "
                     "StateComponent"
                 )
+            if process_groups is None and hasattr(source, "get_process_groups"):
+                found: ProcessGroups = source.get_process_groups()
+                return found
+            return process_groups
 
-        if process_groups is None and hasattr(source, "get_process_groups"):
-            process_groups = source.get_process_groups()
-        comm, topology = connect(process_groups, timeout_seconds=timeout_seconds, check=check)
+        comm, topology = connect(prepare, timeout_seconds=timeout_seconds)
         comm.begin_operation()
         run_id = comm.agree("naming the run", lambda: None, lambda _: secrets.token_hex(8))
         # rank 0's directory is everybody's: ranks may have been started in different ones

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from forgather_ckpt.comm import Comm, one_error
-from forgather_ckpt.errors import CheckpointError, DeclarationError, RankFailed, RankTimeout
+from forgather_ckpt.comm import GRACE_SECONDS, Comm, one_error
+from forgather_ckpt.errors import CheckpointError, DeclarationError, RankFailed, RankTimeout, from_wire
 from forgather_ckpt.liveness import ProcessId
 from forgather_ckpt.replication import describe
 from forgather_ckpt.topology import Group, Ranks, Topology
@@ -34,20 +34,18 @@ _POLL_SECONDS = 0.005
 _connections = itertools.count()
 
 
-def connect(
-    process_groups: ProcessGroups, *, timeout_seconds: float, check: Callable[[], None] = lambda: None
-) -> tuple[Comm, Topology]:
+def connect(prepare: Callable[[], ProcessGroups], *, timeout_seconds: float) -> tuple[Comm, Topology]:
     """Join the ranks of the job. Every rank calls it, as often as the others and in the same order.
 
-    `check` is local work whose failure all ranks shall hear of. Which ranks exist comes from the default process
-    group where there is one, else from RANK and WORLD_SIZE; a process that is alone needs neither.
+    `prepare` is local work whose failure all ranks shall hear of; it returns the process groups. Which ranks exist
+    comes from the default process group where there is one, else from RANK and WORLD_SIZE; a process that is alone
+    needs neither.
     """
     store, rank, world_size = _job_store(timeout_seconds)
     hello: dict[str, Any] = {"token": secrets.token_hex(8)}
     cause: BaseException | None = None
     try:
-        check()
-        hello |= {"process": ProcessId.own().to_json(), **_local_facts(process_groups)}
+        hello |= {"process": ProcessId.own().to_json(), **_local_facts(prepare())}
     except Exception as err:
         cause = err
         known = err if isinstance(err, CheckpointError) else RankFailed(f"{type(err).__name__}: {err}")
@@ -190,8 +188,19 @@ class _Meeting:
         self._deadline = time.monotonic() + timeout_seconds
 
     def host(self, hello: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+        try:
+            return self._welcome(hello)
+        except RankTimeout as err:
+            tokens = [json.loads(self._store.get(f"hello/{rank}"))["token"] for rank in self._others_here()]
+            self._store.set("given up", json.dumps({"error": err.to_wire(), "tokens": tokens}))
+            raise
+
+    def _others_here(self) -> list[int]:
+        return [rank for rank in range(1, self._world_size) if self._store.check([f"hello/{rank}"])]
+
+    def _welcome(self, hello: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
         others = range(1, self._world_size)
-        self._wait(lambda: [rank for rank in others if not self._store.check([f"hello/{rank}"])])
+        self._wait(lambda: sorted(set(others) - set(self._others_here())))
         while True:
             nonce = secrets.token_hex(8)
             hellos = [hello] + [json.loads(self._store.get(f"hello/{rank}")) for rank in others]
@@ -220,8 +229,13 @@ class _Meeting:
     def attend(self, hello: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
         self._store.set(f"hello/{self._rank}", json.dumps(hello))
         accepted: dict[str, Any] = {}
+        self._deadline += GRACE_SECONDS  # rank 0, which knows who is missing, speaks first
 
         def waited_for() -> list[int]:
+            if self._store.check(["given up"]):
+                given_up = json.loads(self._store.get("given up"))
+                if hello["token"] in given_up["tokens"]:
+                    raise from_wire(given_up["error"])
             if self._store.check(["welcome"]):
                 welcome = json.loads(self._store.get("welcome"))
                 if any(other["token"] == hello["token"] for other in welcome["hellos"]):

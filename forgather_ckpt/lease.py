@@ -21,9 +21,12 @@ from forgather_ckpt.errors import RunDirectoryInUse
 PATIENCE_SECONDS = 2.0
 """How long to wait for an owner that is just exiting, as after a restart."""
 
-_held: dict[tuple[int, int], tuple[int, int]] = {}
-"""Of this process: (device, inode) -> (descriptor, number of holders). A record lock belongs to the process and
-is lost when any descriptor of the file is closed, so there must be one descriptor a file."""
+_Identity = tuple[int, int, int]
+"""Process, device, inode: a forked child inherits `_held`, but not the locks."""
+
+_held: dict[_Identity, tuple[int, int]] = {}
+"""Identity -> (descriptor, number of holders). A record lock belongs to the process and is lost when any descriptor
+of the file is closed, so there must be one descriptor a file."""
 
 
 class Lease:
@@ -46,10 +49,9 @@ class Lease:
         self._identity = None
 
 
-def _acquire(path: Path) -> tuple[int, int] | None:
+def _acquire(path: Path) -> _Identity | None:
     with contextlib.suppress(FileNotFoundError):
-        status = os.stat(path)
-        identity = (status.st_dev, status.st_ino)
+        identity = _identity(os.stat(path))
         if identity in _held:
             descriptor, holders = _held[identity]
             _held[identity] = (descriptor, holders + 1)
@@ -67,10 +69,13 @@ def _acquire(path: Path) -> tuple[int, int] | None:
     except BaseException:
         os.close(descriptor)
         raise
-    status = os.fstat(descriptor)
-    identity = (status.st_dev, status.st_ino)
+    identity = _identity(os.fstat(descriptor))
     _held[identity] = (descriptor, 1)
     return identity
+
+
+def _identity(status: os.stat_result) -> _Identity:
+    return os.getpid(), status.st_dev, status.st_ino
 
 
 def _lock(descriptor: int, path: Path) -> None:

@@ -1,13 +1,18 @@
 """The bytes of live tensors: read in C order block by block, and written in place."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from forgather_ckpt import hashtree
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.structure import AliasItem, TensorItem, ValueItem
+
+_SPAN_BYTES = 8 * BLOCK_BYTES
+"""What one task of a thread hashes: a run of small tensors, or a part of a large one."""
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -57,11 +62,47 @@ def blocks(flat: torch.Tensor, start: int, stop: int) -> Iterator[memoryview]:
         yield host_view(bounce)[:length]
 
 
-def tensor_blocks(tensor: torch.Tensor) -> tuple[bytes, ...]:
-    """The block digests of a whole tensor, on the host: equal content in another layout or on another device has
-    equal ones. `hashtree.join` makes its logical digest of them."""
-    flat = flat_bytes(tensor)
-    return tuple(hashtree.digest(block) for block in blocks(flat, 0, flat.numel())) or (hashtree.digest(b""),)
+def num_threads() -> int:
+    """Threads for hashing, reading and writing: this process's share of the machine's cores, at most 4."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(4, (os.cpu_count() or 1) // processes))
+
+
+def block_digests(
+    items: Iterable[TensorItem], on_progress: Callable[[], None] = lambda: None
+) -> dict[str, tuple[bytes, ...]]:
+    """The block digests of whole tensors by name, on the host: equal content in another layout or on another device
+    has equal ones. `hashtree.join` makes a tensor's logical digest of them."""
+    names: list[str] = []
+    spans: list[list[tuple[torch.Tensor, int, int]]] = [[]]
+    span_bytes = 0
+    for item in items:
+        # what is not contiguous is copied by its task, so it is one task's as a whole
+        step = _SPAN_BYTES if item.tensor.is_contiguous() else max(1, item.num_bytes)
+        for start in range(0, max(1, item.num_bytes), step):
+            stop = min(item.num_bytes, start + step)
+            if span_bytes >= _SPAN_BYTES:
+                spans.append([])
+                span_bytes = 0
+            spans[-1].append((item.tensor, start, stop))
+            span_bytes += stop - start
+            names.append(item.name)
+    found: dict[str, tuple[bytes, ...]] = {}
+    with ThreadPoolExecutor(num_threads()) as pool:
+        number = 0
+        for digests in pool.map(_span_digests, spans):
+            for some in digests:
+                found[names[number]] = found.get(names[number], ()) + some
+                number += 1
+            on_progress()
+    return found
+
+
+def _span_digests(span: Sequence[tuple[torch.Tensor, int, int]]) -> list[tuple[bytes, ...]]:
+    return [
+        tuple(hashtree.digest(block) for block in blocks(flat_bytes(tensor), start, stop)) or (hashtree.digest(b""),)
+        for tensor, start, stop in span
+    ]
 
 
 def records(

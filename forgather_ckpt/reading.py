@@ -16,7 +16,6 @@ from forgather_ckpt.errors import CheckpointDamaged
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.index import TensorRow
 
-NUM_THREADS = 2
 IN_FLIGHT = 16
 
 _buffers = threading.local()
@@ -47,7 +46,7 @@ def read(directory: Path, wanted: Sequence[Wanted], *, on_progress: Callable[[],
     for one in wanted:
         by_file.setdefault(one.row.file, []).append(one)
     with files.typed_errors(directory, "reading the checkpoint"), ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(NUM_THREADS))
+        pool = stack.enter_context(ThreadPoolExecutor(memory.num_threads()))
         in_flight: deque[Future[None]] = deque()
         for name, pieces in by_file.items():
             descriptor = files.open_to_read(directory / name)

@@ -106,6 +106,9 @@ class _Walk:
         self._owners: dict[tuple[Any, ...], str] = {}
 
     def visit_dict(self, mapping: Mapping[Any, Any], path: Path) -> None:
+        odd = [key for key in mapping if type(key) is not str]
+        if len({self._name((*path, key)) for key in odd}) < len(odd):
+            raise StructureError(f"{describe_path(path)}: two keys have one name, as NaNs have; use other keys")
         for key, value in mapping.items():
             self._visit(value, (*path, key))
 
@@ -168,6 +171,8 @@ def _has_items(sequence: list[Any] | tuple[Any, ...]) -> bool:
 def _why_not_storable(tensor: torch.Tensor) -> str | None:
     if type(tensor) not in _PLAIN_TENSORS:
         return f"tensors of type {type(tensor).__name__} cannot be checkpointed; return plain tensors"
+    if tensor.is_nested:
+        return "nested tensors cannot be checkpointed; store their parts"
     if tensor.is_meta:
         return "a meta tensor has no data; materialize it before saving"
     if tensor.is_quantized:
@@ -184,13 +189,22 @@ def restore(items: Iterable[tuple[int, str, Any]]) -> dict[Any, Any]:
 
     `FormatError` where the names do not form one: a leaf below a leaf, or a list with holes.
     """
+    try:
+        return _restore(items)
+    except RecursionError:
+        raise FormatError("the stored state is nested too deeply") from None
+
+
+def _restore(items: Iterable[tuple[int, str, Any]]) -> dict[Any, Any]:
     root = _Node(dict)
     for _, name, value in sorted(items, key=lambda item: item[:2]):
-        path = names.decode_path(name)
+        path, segments = names.decode_path(name), name.split("/")
+        if _container_of(path[0]) is not dict:
+            raise FormatError(f"item name {name!r} begins with an index; a state is a dict")
         node = root
-        for step, following in itertools.pairwise(path):
-            node = node.descend(step, _container_of(following), name)
-        node.add(path[-1], value, name)
+        for segment, (step, following) in zip(segments, itertools.pairwise(path), strict=False):
+            node = node.descend(segment, step, _container_of(following), name)
+        node.add(segments[-1], path[-1], value, name)
     built: dict[Any, Any] = root.build()
     return built
 
@@ -200,35 +214,35 @@ def _container_of(step: Any) -> type:
 
 
 class _Node:
-    """A container that is being rebuilt."""
+    """A container that is being rebuilt.
+
+    Steps are told apart by their segments of names: 1, True and 1.0 are equal keys of a dict, and a NaN is not equal
+    to itself, but their names are.
+    """
 
     def __init__(self, kind: type) -> None:
         self.kind = kind
-        self.children: dict[Any, Any] = {}
+        self.children: dict[str, tuple[Any, Any]] = {}
 
-    def descend(self, step: Any, kind: type, name: str) -> "_Node":
-        key = _key(step)
-        child = self.children.setdefault(key, _Node(kind))
+    def descend(self, segment: str, step: Any, kind: type, name: str) -> "_Node":
+        _, child = self.children.setdefault(segment, (step, _Node(kind)))
         if not isinstance(child, _Node) or child.kind is not kind:
             raise FormatError(f"item name {name!r} contradicts another name of the same state")
         return child
 
-    def add(self, step: Any, value: Any, name: str) -> None:
-        if _key(step) in self.children:
+    def add(self, segment: str, step: Any, value: Any, name: str) -> None:
+        if segment in self.children:
             raise FormatError(f"item {name!r} appears twice")
-        self.children[_key(step)] = value
+        self.children[segment] = (step, value)
 
     def build(self) -> Any:
-        built = {step: child.build() if isinstance(child, _Node) else child for step, child in self.children.items()}
+        built = [
+            (step, child.build() if isinstance(child, _Node) else child) for step, child in self.children.values()
+        ]
         if self.kind is dict:
-            return {step[1]: value for step, value in built.items()}
-        indexes = sorted(step[1].index for step in built)
+            return dict(built)
+        indexes = sorted(step.index for step, _ in built)
         if indexes != list(range(len(built))):
             raise FormatError(f"a list of {len(built)} items has the indexes {indexes[:8]}")
-        by_index = {step[1].index: value for step, value in built.items()}
+        by_index = {step.index: value for step, value in built}
         return self.kind(by_index[index] for index in indexes)
-
-
-def _key(step: Any) -> tuple[type, Any]:
-    """Steps told apart as names tell them apart: 1, True and 1.0 are equal keys of a dict, but different names."""
-    return type(step), step

@@ -23,7 +23,6 @@ from forgather_ckpt.structure import AliasItem, TensorItem, ValueItem
 
 SMALL_BYTES = 1 << 20
 """A component of which a rank writes less than this shares one file with other such components."""
-NUM_THREADS = 2
 IN_FLIGHT_BYTES = 16 * BLOCK_BYTES
 
 
@@ -96,7 +95,7 @@ def write(
     """
     written: dict[str, tuple[int, str]] = {}
     rows: list[list[TensorRow]] = [[] for _ in assignments]
-    with files.typed_errors(directory, "writing the checkpoint"), ThreadPoolExecutor(NUM_THREADS) as pool:
+    with files.typed_errors(directory, "writing the checkpoint"), ThreadPoolExecutor(memory.num_threads()) as pool:
         for name, batch in _files(assignments, writer, stems):
             size, digest, batch_rows = _write_file(directory / name, batch, pool, on_progress)
             written[name] = (size, digest.hex())
@@ -234,7 +233,9 @@ def _write_parts(descriptor: int, parts: Sequence[torch.Tensor], offset: int) ->
     """Hash and write neighbouring parts (of at most one block each), on a thread of the pool."""
     views = memory.host_views(parts)
     digests = [hashtree.digest(view) for view in views]
-    files.write_at(descriptor, views[0] if len(views) == 1 else b"".join(views), offset)
+    data = views[0] if len(views) == 1 else b"".join(views)
+    files.write_at(descriptor, data, offset)
+    files.start_writeback(descriptor, offset, len(data))
     return digests
 
 

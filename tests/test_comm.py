@@ -26,7 +26,7 @@ pytestmark = pytest.mark.multiprocess
 
 
 def join(timeout_seconds: float = 600) -> Comm:
-    comm, _ = connect(None, timeout_seconds=timeout_seconds)
+    comm, _ = connect(lambda: None, timeout_seconds=timeout_seconds)
     return comm
 
 

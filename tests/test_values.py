@@ -67,7 +67,7 @@ EXACT = {
     "structured scalar": STRUCTURED[0], "np.float64": np.float64("nan"), "np.float32": np.float32(0.1),
     "np.int64": np.int64(-5), "np.uint8": np.uint8(200), "np.bool": np.bool_(True), "np.str": np.str_("αb"),
     "empty np.str": np.str_(""), "empty np.bytes": np.bytes_(b""), "np.bytes": np.bytes_(b"a\0b"),
-    "np.datetime64": np.datetime64("2024-01-01", "us"), "NaT": np.datetime64("NaT"),
+    "np.datetime64": np.datetime64("2024-01-01", "us"), "NaT": np.datetime64("NaT", "s"),
     "np.timedelta64": np.timedelta64(3, "h"), "np.longdouble": np.longdouble(1) / 3, "np.void": np.void(b"abc"),
     "np.complex64": np.complex64(1 - 0j), "big-endian scalar": np.array([3], ">i4")[0],
 }  # fmt: skip
