@@ -101,9 +101,20 @@ def abandon(draft: Draft) -> None:
 
 
 def sweep(run: Path) -> None:
-    """Delete what dead jobs left unfinished. Only for the owner of the run directory's lease."""
-    for path in scan(run).unfinished:
-        _discard_quietly(path, "swept")
+    """Delete what dead jobs left: unfinished saves, and replaced checkpoints whose successor is there.
+
+    Only for the owner of the run directory's lease.
+    """
+    found = scan(run)
+    named = {checkpoint.path.name: checkpoint.manifest.sequence for checkpoint in found.checkpoints}
+    left = [
+        checkpoint.path
+        for checkpoint in found.checkpoints
+        if checkpoint.path.name.startswith(paths.replaced(checkpoint.manifest.step, ""))
+        and named.get(paths.checkpoint(checkpoint.manifest.step), 0) > checkpoint.manifest.sequence
+    ]
+    for path in (*found.unfinished, *left):
+        _discard_quietly(path, secrets.token_hex(6))
 
 
 def _discard_quietly(path: Path, nonce: str) -> None:

@@ -236,11 +236,12 @@ class _Node:
         self.children[segment] = (step, value)
 
     def build(self) -> Any:
-        built = [
-            (step, child.build() if isinstance(child, _Node) else child) for step, child in self.children.values()
-        ]
+        built = [(step, child.build() if isinstance(child, _Node) else child) for step, child in self.children.values()]
         if self.kind is dict:
-            return dict(built)
+            mapping = dict(built)
+            if len(mapping) != len(built):
+                raise FormatError(f"a dict of {len(built)} items has equal keys: {[step for step, _ in built][:8]}")
+            return mapping
         indexes = sorted(step.index for step, _ in built)
         if indexes != list(range(len(built))):
             raise FormatError(f"a list of {len(built)} items has the indexes {indexes[:8]}")

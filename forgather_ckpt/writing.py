@@ -166,13 +166,14 @@ def _write_file(
         files.write_at(descriptor, layout.header, 0)
         digests = _write_pieces(descriptor, batch, layout.offsets, pool, on_progress)
         os.fsync(descriptor)
+        size = os.fstat(descriptor).st_size
     finally:
         os.close(descriptor)
     rows = []
     for placed, offset, blocks in zip(batch, layout.offsets, digests, strict=True):
         rows.append(_row(placed, path.name, offset, blocks))
     file_digest = hashtree.file_digest(hashtree.digest(layout.header), [row.digest for row in rows])
-    return layout.size, file_digest, rows
+    return size, file_digest, rows
 
 
 def _write_pieces(

@@ -290,6 +290,7 @@ def test_names_kinds_dtypes_and_shapes_are_structure(other):
         (["a/~l-1"], "has the indexes [-1]"),
         (["a/~t1", "a/~t2"], "has the indexes [1, 2]"),
         (["~l0", "a"], "begins with an index"),
+        (["a/~i1", "a/~ktrue"], "has equal keys: [1, True]"),
         (["a~"], "not in canonical form"),
         (["/".join("a" * 3000)], "nested too deeply"),
     ],
