@@ -25,10 +25,9 @@ def entry_for(component: StateComponent, record: ComponentRecord, old: Topology,
     `LoadMismatch` where the component was shared in another way when it was saved.
     """
     check_pattern(component, record)
-    if record.names == "global":
-        return ENTRY_OF_ALL
-    own = _own_set(component, new)
-    found = _find(component.sharing_pattern, own, record, old, new)
+    found: str | Resize = ENTRY_OF_ALL
+    if record.names == "local":
+        found = _find(component.sharing_pattern, _own_set(component, new), record, old, new)
     if isinstance(found, str) and found not in record.entries:
         raise LoadMismatch(
             f"component {component.key!r}: the checkpoint has no state for {found!r} (it held nothing when saved), and "

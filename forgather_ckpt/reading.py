@@ -45,8 +45,12 @@ def read(directory: Path, wanted: Sequence[Wanted], *, on_progress: Callable[[],
     by_file: dict[str, list[Wanted]] = {}
     for one in wanted:
         by_file.setdefault(one.row.file, []).append(one)
-    with files.typed_errors(directory, "reading the checkpoint"), ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(memory.num_threads()))
+    # the pool is left first: it waits for its threads, which read from the descriptors that the stack closes
+    with (
+        files.typed_errors(directory, "reading the checkpoint"),
+        ExitStack() as stack,
+        ThreadPoolExecutor(memory.num_threads()) as pool,
+    ):
         in_flight: deque[Future[None]] = deque()
         for name, pieces in by_file.items():
             descriptor = files.open_to_read(directory / name)

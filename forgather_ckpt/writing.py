@@ -7,7 +7,7 @@ contiguous or not in host memory is copied, a few blocks at a time.
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -210,23 +210,29 @@ def _write_pieces(
 
     run: list[torch.Tensor] = []
     run_start, run_bytes = 0, 0
-    for number, (placed, offset) in enumerate(zip(batch, offsets, strict=True)):
-        piece = placed.piece
-        length = piece.stop - piece.start
-        flat = memory.flat_bytes(piece.item.tensor)[piece.start : piece.stop]
-        if run and run_bytes + length > BLOCK_BYTES:
-            submit(run, range(number - len(run), number), run_start)
-            run, run_bytes = [], 0
-        if length > BLOCK_BYTES:
-            for start, stop in hashtree.block_bounds(length):
-                submit([flat[start:stop]], [number], offset + start)
-        else:
-            run_start = offset if not run else run_start
-            run.append(flat)
-            run_bytes += length
-    if run:
-        submit(run, range(len(batch) - len(run), len(batch)), run_start)
-    settle(0 if pending_bytes else -1)
+    try:
+        for number, (placed, offset) in enumerate(zip(batch, offsets, strict=True)):
+            piece = placed.piece
+            length = piece.stop - piece.start
+            flat = memory.flat_bytes(piece.item.tensor)[piece.start : piece.stop]
+            if run and run_bytes + length > BLOCK_BYTES:
+                submit(run, range(number - len(run), number), run_start)
+                run, run_bytes = [], 0
+            if length > BLOCK_BYTES:
+                for start, stop in hashtree.block_bounds(length):
+                    submit([flat[start:stop]], [number], offset + start)
+            else:
+                run_start = offset if not run else run_start
+                run.append(flat)
+                run_bytes += length
+        if run:
+            submit(run, range(len(batch) - len(run), len(batch)), run_start)
+        settle(-1)
+    finally:
+        # the file is closed next: nobody may still write to its descriptor, which may be another file's by then
+        for _, _, future in in_flight:
+            future.cancel()
+        wait([future for _, _, future in in_flight])
     return digests
 
 

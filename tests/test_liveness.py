@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ OWN = ProcessId.own()
 
 
 def identify(pid: int) -> ProcessId:
-    started = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[19]  # noqa: PTH123, SIM115
+    started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return ProcessId(OWN.realm, pid, started)
 
 

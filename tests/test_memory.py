@@ -37,7 +37,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("tensor", LAYOUTS.values(), ids=LAYOUTS)
 def test_bytes_are_the_elements_in_c_order(tensor):
     assert memory.flat_bytes(tensor).numpy().tobytes() == tensor_bytes(tensor)
-    assert torch.equal(torch.tensor(tensor.tolist(), dtype=tensor.dtype).nan_to_num(), tensor.detach().nan_to_num())
+    elements = torch.tensor(tensor.tolist(), dtype=tensor.dtype).reshape(tensor.shape)
+    assert torch.equal(elements.nan_to_num(), tensor.detach().nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", dtypes.ITEM_BYTES)
@@ -45,6 +46,10 @@ def test_bytes_of_every_dtype(dtype):
     for shape in [(3, 5), (), (0,)]:
         tensor = tensor_of(dtype, shape)
         assert memory.flat_bytes(tensor).numpy().tobytes() == tensor_bytes(tensor)
+
+
+def blocks_of(tensor: torch.Tensor) -> tuple[bytes, ...]:
+    return memory.block_digests(capture({"x": tensor}).tensors.values())["x"]
 
 
 def test_contiguous_tensors_are_not_copied():
@@ -69,20 +74,39 @@ def test_blocks_put_together_are_the_bytes(shape):
 @pytest.mark.parametrize("tensor", LAYOUTS.values(), ids=LAYOUTS)
 def test_equal_content_in_another_layout_has_equal_digests(tensor):
     expected = hashtree.buffer_digest(tensor_bytes(tensor))
-    assert hashtree.join(memory.tensor_blocks(tensor)) == expected
+    assert hashtree.join(blocks_of(tensor)) == expected
 
 
 def test_a_large_tensor_has_a_digest_a_block():
     tensor = torch.arange(5 << 20, dtype=torch.int32)
     data = tensor_bytes(tensor)
     blocks = [data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES)]
-    assert [digest.hex() for digest in memory.tensor_blocks(tensor)] == [xxhash.xxh3_128_hexdigest(block) for block in blocks]
-    assert memory.tensor_blocks(tensor.reshape(-1, 4).t().contiguous().t()) == memory.tensor_blocks(tensor)
+    assert [digest.hex() for digest in blocks_of(tensor)] == [xxhash.xxh3_128_hexdigest(block) for block in blocks]
+    assert blocks_of(tensor.reshape(-1, 4).t().contiguous().t()) == blocks_of(tensor)
+
+
+def test_many_tensors_at_once_have_the_digests_that_each_has_alone():
+    tensors = {f"small {number}": torch.full((number,), number, dtype=torch.int16) for number in range(300)}
+    tensors |= {"large": torch.arange(11 << 20, dtype=torch.int32), "empty": torch.zeros(0)}
+    tensors |= {"large, not contiguous": torch.arange(10 << 20, dtype=torch.int32).reshape(-1, 2).t()}
+    tensors |= {f"after {number}": torch.full((3, 5), number) for number in range(10)}
+    num_reports = []
+    digests = memory.block_digests(capture(tensors).tensors.values(), lambda: num_reports.append(1))
+    assert list(digests) == list(tensors)
+    assert {name: hashtree.join(blocks) for name, blocks in digests.items()} == {
+        name: hashtree.buffer_digest(tensor_bytes(tensor)) for name, tensor in tensors.items()
+    }
+    assert len(num_reports) > 1
+
+
+def test_no_tensors_have_no_digests():
+    assert memory.block_digests([]) == {}
 
 
 def digest_of(state_dict) -> bytes:
     state = capture(state_dict)
-    digests = {name: hashtree.join(memory.tensor_blocks(item.tensor)) for name, item in state.tensors.items()}
+    blocks = memory.block_digests(state.tensors.values())
+    digests = {name: hashtree.join(blocks) for name, blocks in blocks.items()}
     return hashtree.state_digest(
         memory.records(state.tensors.values(), state.values.values(), state.aliases.values(), digests)
     )

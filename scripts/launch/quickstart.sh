@@ -6,9 +6,6 @@
 #
 #   VENV    the virtual environment to make or reuse (.venv-quickstart)
 #   PYTHON  the interpreter to make it with (python3)
-#
-# Where there is no GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the CPU build of torch, 200 MB
-# instead of 3 GB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
