@@ -78,6 +78,7 @@ def _check_whole(component: str, name: str, rows: Sequence[TensorRow]) -> None:
     for row in rows:
         start, stop = row.bounds
         if (row.dtype, row.shape, row.box) != (first.dtype, first.shape, None) or start != position:
+            position = -1
             break
         position = stop
     total = ITEM_BYTES[first.dtype]

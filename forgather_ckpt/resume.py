@@ -20,7 +20,8 @@ class Candidate:
 def newest_first(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Newest first; of two copies of one checkpoint the one whose directory has the plain name."""
     return sorted(
-        candidates, key=lambda found: (-found.sequence, found.path.name != f"checkpoint-{found.step}", found.path)
+        candidates,
+        key=lambda found: (-found.sequence, found.path.name != f"checkpoint-{found.step}", found.path, found.step),
     )
 
 

@@ -12,11 +12,11 @@ import torch._dynamo
 import torch.distributed
 import torch.distributed.tensor
 import torch.fx.experimental.symbolic_shapes
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # No test is about how long something takes, and the machine may be busy.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 # A pool of OpenMP threads does not survive a fork: a rank that used it would hang.
 torch.set_num_threads(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import re
 import struct
+import warnings
 from typing import Any
 
 import numpy as np
@@ -70,9 +71,11 @@ def tensor_of(dtype: str, shape: tuple[int, ...] = (3, 5), *, seed: int = 0) -> 
     data = random.Random(seed).randbytes(count * kind.itemsize)
     if dtype == "bool":
         data = bytes(byte & 1 for byte in data)
-    if not data:
-        return torch.empty(shape, dtype=kind)
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(kind).reshape(shape)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "ComplexHalf support is experimental")
+        if not data:
+            return torch.empty(shape, dtype=kind)
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(kind).reshape(shape)
 
 
 def float_of(bits: int) -> float:
@@ -85,7 +88,24 @@ _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 texts = st.text(alphabet=st.characters(codec=None, exclude_categories=()), max_size=8).filter(
     lambda text: not _SURROGATE_PAIR.search(text)
 ) | st.sampled_from(
-    ["", "~", "/", "~0", "~1", "~i0", "~k1", "..", "../../evil", "\n", "a/b", "\ud800", "\udc80x", "𝔘", "__metadata__", "$int"]
+    [
+        "",
+        "~",
+        "/",
+        "~0",
+        "~1",
+        "~i0",
+        "~k1",
+        "..",
+        "../../evil",
+        "\n",
+        "a/b",
+        "\ud800",
+        "\udc80x",
+        "😀",
+        "__metadata__",
+        "$int",
+    ]
 )
 """Any text, lone surrogates included. Two that make a pair are refused: JSON takes them for one character."""
 
@@ -102,7 +122,9 @@ scalars = (
 )
 
 keys = st.recursive(
-    scalars | st.floats(allow_nan=False), lambda below: st.tuples(below, below) | st.frozensets(below, max_size=2), max_leaves=4
+    scalars | st.floats(allow_nan=False),
+    lambda below: st.tuples(below, below) | st.frozensets(below, max_size=2),
+    max_leaves=4,
 )
 """Anything plain that can be the key of a dict."""
 
@@ -117,3 +139,22 @@ plain_values = st.recursive(
     max_leaves=12,
 )
 """Any plain data, nested."""
+
+_tensors = st.builds(
+    tensor_of, st.sampled_from(["float32", "int8", "bool"]), st.lists(st.integers(0, 3), max_size=2).map(tuple)
+)
+state_dicts = st.dictionaries(
+    keys | texts,
+    st.recursive(
+        _tensors | scalars,
+        lambda below: (
+            st.lists(below, max_size=3)
+            | st.lists(below, max_size=3).map(tuple)
+            | st.dictionaries(texts, below, max_size=3)
+            | st.dictionaries(keys, below, max_size=3)
+        ),
+        max_leaves=8,
+    ),
+    max_size=4,
+)
+"""Any nesting of tensors and plain data."""

@@ -31,7 +31,9 @@ class Calls:
     def make(self, name: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._is_inside:
             return real(*args, **kwargs)
-        self.seen.append((name, *(str(_path_of(arg)) for arg in args if isinstance(arg, int | str | Path) and arg != 0)))
+        self.seen.append(
+            (name, *(str(_path_of(arg)) for arg in args if isinstance(arg, int | str | Path) and arg != 0))
+        )
         if self.fail_at == len(self.seen) - 1:
             raise OSError(self.errno, os.strerror(self.errno), str(_path_of(args[0])))
         result = real(*args, **kwargs)
@@ -65,3 +67,8 @@ def watched(run: Path) -> Iterator[Calls]:
             patch.setattr(os, name, wrap(name, getattr(os, name)))
         patch.setattr(files, "exchange", wrap("exchange", files.exchange))
         yield calls
+
+
+def num_open_files() -> int:
+    """How many descriptors this process holds."""
+    return len(list(Path("/proc/self/fd").iterdir()))

@@ -1,12 +1,14 @@
 """Saved and loaded, a state is the same: of every dtype, layout and nesting, in place where that is possible."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from forgather_ckpt import CheckpointCoordinator, SharingPattern, StateComponent, Target, dtypes, hashtree
+from forgather_ckpt import CheckpointCoordinator, SharingPattern, StateComponent, Target, dtypes, hashtree, memory
 from forgather_ckpt.assembly import assemble, gather
 from forgather_ckpt.component import Available
 from forgather_ckpt.errors import FormatError, LoadMismatch, StructureError
@@ -14,8 +16,7 @@ from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.index import AliasRow, IndexEntry, TensorRow, ValueRow
 from forgather_ckpt.structure import capture
 from tests.components import Box, listing
-from tests.states import assert_same, tensor_bytes, tensor_of
-from tests.test_structure import state_dicts
+from tests.states import assert_same, state_dicts, tensor_bytes, tensor_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -83,8 +84,10 @@ def test_a_state_comes_back_into_nothing(tmp_path, state):
 def like(value):
     """The same structure and layouts with other content."""
     if isinstance(value, torch.Tensor):
-        dense = value.detach().clone(memory_format=torch.preserve_format)
-        return dense.fill_(0) if value.dtype.itemsize > 1 or value.dtype == torch.bool else dense.view(torch.uint8).fill_(0).view(value.dtype)
+        other = value.detach().clone(memory_format=torch.preserve_format)
+        if other.numel():
+            memory.flat_bytes(other).fill_(0)
+        return other
     if isinstance(value, dict):
         return {key: like(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -141,7 +144,9 @@ def test_what_has_no_memory_of_its_own_is_not_filled(tmp_path, live):
 
 def test_dense_layouts_are_filled_as_they_are(tmp_path):
     saved = tensor_of("float32", (4, 6))
-    for number, live in enumerate([torch.zeros(6, 4).t(), torch.zeros(8, 12)[::2, ::2], torch.zeros(30)[6:].reshape(4, 6)]):
+    for number, live in enumerate(
+        [torch.zeros(6, 4).t(), torch.zeros(8, 12)[::2, ::2], torch.zeros(30)[6:].reshape(4, 6)]
+    ):
         found = through(tmp_path / str(number), {"x": saved}, {"x": live})
         assert found["x"].data_ptr() == live.data_ptr()
         assert tensor_bytes(live) == tensor_bytes(saved)
@@ -160,14 +165,16 @@ class Tied(nn.Module):
         self.head = nn.Linear(8, 50, bias=False)
         self.head.weight = self.embedding.weight
         self.register_buffer("mask", torch.rand(5) > 0.5)
-        self.half = nn.Parameter(torch.randn(7).bfloat16())
+        self.gain = nn.Parameter(torch.randn(7).bfloat16())
 
 
 def test_b40_tied_and_channels_last_weights_are_stored_once_and_tied_again(tmp_path):
     model, other = Tied(0), Tied(1)
     with coordinator(tmp_path, model) as saving:
         path = saving.save_checkpoint(step=1)
-    stored = sum(tensor.nbytes for tensor in {id(value): value for value in model.state_dict(keep_vars=True).values()}.values())
+    stored = sum(
+        tensor.nbytes for tensor in {id(value): value for value in model.state_dict(keep_vars=True).values()}.values()
+    )
     [tensors] = path.glob("*.safetensors")
     assert stored <= tensors.stat().st_size < stored + 8192 < stored + model.embedding.weight.nbytes + 8192
     with coordinator(tmp_path, other) as loading:
@@ -226,24 +233,27 @@ def test_b41_a_parameter_that_was_added_later_is_saved(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    ("state", "problem"),
+    ("make", "problem"),
     [
-        ({"callbacks": {"early_stop": {"fn": lambda: 0}}}, "component 'c': callbacks/early_stop/fn: function objects cannot be"),
-        ({"ok": 1, "deep": [{"m": torch.zeros(1, device="meta")}]}, "component 'c': deep/~l0/m: a meta tensor has no data"),
-        ({"s": torch.eye(2).to_sparse()}, "component 'c': s: tensors of layout torch.sparse_coo"),
-        ({"q": torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.quint8)}, "component 'c': q: quantized tensors"),
-        ({"n": torch.nested.nested_tensor([torch.zeros(1)])}, "component 'c': n: nested tensors cannot be"),
-        ([1, 2], "component 'c': state_dict() returned a list; expected a dict"),
+        (
+            lambda: {"callbacks": {"early_stop": {"fn": print}}},
+            "callbacks/early_stop/fn: builtin_function_or_method objects",
+        ),
+        (lambda: {"ok": 1, "deep": [{"m": torch.zeros(1, device="meta")}]}, "deep/~l0/m: a meta tensor has no data"),
+        (lambda: {"s": torch.eye(2).to_sparse()}, "s: tensors of layout torch.sparse_coo"),
+        (lambda: {"q": torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.quint8)}, "q: quantized tensors"),
+        (lambda: {"n": torch.nested.nested_tensor([torch.zeros(1)])}, "n: nested tensors cannot be"),
+        (lambda: [1, 2], "state_dict() returned a list; expected a dict"),
     ],
     ids=["function", "meta", "sparse", "quantized", "nested", "no dict"],
 )
-def test_b36_what_would_not_come_back_leaves_nothing_on_disk(tmp_path, state, problem):
+def test_b36_what_would_not_come_back_leaves_nothing_on_disk(tmp_path, make, problem):
     box = Box({})
-    box.state_dict = lambda: state
+    box.state_dict = make
     with coordinator(tmp_path / "run", box) as saving:
         with pytest.raises(StructureError, match="comparing structures failed on rank 0") as caught:
             saving.save_checkpoint(step=1)
-        assert problem in caught.value.message
+        assert f"component 'c': {problem}" in caught.value.message
         assert caught.value.component == "c"
         assert listing(tmp_path / "run") == []
         box.state_dict = lambda: {"fine": 1}
@@ -266,7 +276,14 @@ class Chooser(Box):
 
 
 def test_a_stateful_chooses_where_its_tensors_go(tmp_path):
-    saved = {"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(4), "d": {"e": torch.ones(5, dtype=torch.int8)}, "v": 5, "w": 6}
+    saved = {
+        "a": torch.ones(2),
+        "b": torch.ones(3),
+        "c": torch.ones(4),
+        "d": {"e": torch.ones(5).char()},
+        "v": 5,
+        "w": 6,
+    }
     with coordinator(tmp_path, Box(saved)) as saving:
         saving.save_checkpoint(step=1)
     live = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(7)}
@@ -343,6 +360,7 @@ VALUE, ALIAS = ValueRow("v", 1, 5, digest("v")), AliasRow("a", 2, "w")
         ([IndexEntry("c", "all", (row(range=(0, 2)), row(range=(3, 4))))], "do not make up"),
         ([IndexEntry("c", "all", (row(range=(0, 3)), row(range=(2, 4))))], "do not make up"),
         ([IndexEntry("c", "all", (row(),)), IndexEntry("c", "all", (row(),))], "do not make up"),
+        ([IndexEntry("c", "all", (row(range=(0, 2)), row(range=(2, 4)), row(range=(2, 4))))], "do not make up"),
         ([IndexEntry("c", "all", (row(range=(0, 2)), row(shape=(5,), range=(2, 4))))], "do not make up"),
         ([IndexEntry("c", "all", (row(range=(0, 2)), row(range=(2, 4))._replace(dtype="int32")))], "do not make up"),
         ([IndexEntry("c", "all", (row(shape=(2, 4), box=((0, 1), (0, 4))),))], "do not make up"),
@@ -363,7 +381,7 @@ def test_what_does_not_make_up_whole_items_is_refused(parts, problem):
 @given(st.integers(0, 20), st.sets(st.integers(1, 19), max_size=4), st.randoms())
 def test_pieces_from_several_writers_make_up_a_tensor_in_any_order(length, cuts, random):
     bounds = sorted({0, length, *(cut for cut in cuts if cut < length)})
-    pieces = [row(shape=(length,), range=(start, stop)) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    pieces = [row(shape=(length,), range=(start, stop)) for start, stop in itertools.pairwise(bounds)]
     pieces = pieces or [row(shape=(0,))]
     parts = [IndexEntry("c", "all", (piece,)) for piece in random.sample(pieces, len(pieces))]
     stored = gather("c", parts)

@@ -45,7 +45,11 @@ def test_names_of_directories_decide_nothing(tmp_path):
     (tmp_path / "checkpoint-9").rename(tmp_path / "my favourite")
     assert steps(tmp_path) == [10, 9]
     shutil.copytree(tmp_path / "my favourite", tmp_path / "checkpoint-9")
-    assert [one.path.name for one in catalog.scan(tmp_path).checkpoints] == ["checkpoint-10", "checkpoint-9", "my favourite"]
+    assert [one.path.name for one in catalog.scan(tmp_path).checkpoints] == [
+        "checkpoint-10",
+        "checkpoint-9",
+        "my favourite",
+    ]
 
 
 def shorten(file):
@@ -115,7 +119,7 @@ def test_b19_b20_without_a_manifest_there_is_no_checkpoint(tmp_path):
     found = catalog.scan(tmp_path)
     assert [one.path for one in found.checkpoints] == [good]
     assert (found.rejected, found.unfinished) == ((), ())
-    with pytest.raises(CheckpointNotFound, match="is not a checkpoint: it has no checkpoint_manifest.json"):
+    with pytest.raises(CheckpointNotFound, match=r"is not a checkpoint: it has no checkpoint_manifest\.json"):
         catalog.read_checkpoint(tmp_path / "checkpoint-2")
 
 

@@ -28,7 +28,11 @@ def test_a_checkpoint_is_what_was_published(tmp_path):
     assert contents(tmp_path / "run") == []
     path, digest = commit.publish(draft, manifest)
     assert path == tmp_path / "run" / "checkpoint-1000"
-    assert tree(tmp_path / "run").keys() == {path.name, f"{path.name}/{paths.MANIFEST}", f"{path.name}/model.safetensors"}
+    assert tree(tmp_path / "run").keys() == {
+        path.name,
+        f"{path.name}/{paths.MANIFEST}",
+        f"{path.name}/model.safetensors",
+    }
     assert catalog.read_checkpoint(path).manifest.digest == digest
 
 
@@ -100,7 +104,9 @@ def test_all_data_of_a_save_is_durable_before_its_manifest_exists(tmp_path):
     with CheckpointCoordinator(components, tmp_path) as coordinator, watched(tmp_path) as calls:
         path = coordinator.save_checkpoint(step=1)
     temporary = next(call[1] for call in calls.seen if call[0] == "mkdir")
-    manifest = next(number for number, call in enumerate(calls.seen) if call[:2] == ("open", f"{temporary}/{paths.MANIFEST}"))
+    manifest = next(
+        number for number, call in enumerate(calls.seen) if call[:2] == ("open", f"{temporary}/{paths.MANIFEST}")
+    )
     synced = {call[1] for call in calls.seen[:manifest] if call[0] == "fsync"}
     assert {f"{temporary}/{file.name}" for file in path.iterdir() if file.name != paths.MANIFEST} <= synced
     for file in synced:
@@ -206,7 +212,7 @@ def test_errors_are_typed_and_say_what_was_being_done(tmp_path):
     manifest = fill(draft, b"content")
     with watched(tmp_path) as calls:
         calls.fail_at, calls.errno = 0, errno.ENOSPC
-        with pytest.raises(NoSpace, match="committing the checkpoint failed at .*manifest.json: No space left"):
+        with pytest.raises(NoSpace, match=r"committing the checkpoint failed at .*manifest\.json: No space left"):
             commit.publish(draft, manifest)
 
 
@@ -237,7 +243,9 @@ def test_b26_what_is_not_ours_is_neither_replaced_nor_swept(tmp_path):
         (directory / "model.safetensors").write_bytes(b"mine")
     (tmp_path / "notes.txt").write_text("mine")
     before = tree(tmp_path)
-    with pytest.raises(StorageError, match=r"checkpoint-5 exists and is not a checkpoint of ours .*; move it away") as caught:
+    with pytest.raises(
+        StorageError, match=r"checkpoint-5 exists and is not a checkpoint of ours .*; move it away"
+    ) as caught:
         commit.begin(tmp_path, 5)
     assert caught.value.path == str(bare)
     commit.sweep(tmp_path)
@@ -301,9 +309,9 @@ def test_a_run_directory_is_made_with_its_parents(tmp_path):
 
 def test_where_no_directory_can_be_made_it_says_so(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="making a directory for the checkpoint failed at .*file"):
+    with pytest.raises(StorageError, match=r"making a directory for the checkpoint failed at .*file"):
         commit.begin(tmp_path / "file" / "run", 1)
-    with pytest.raises(StorageError, match="making a directory for the checkpoint failed at .*file"):
+    with pytest.raises(StorageError, match=r"making a directory for the checkpoint failed at .*file"):
         commit.begin(tmp_path / "file", 1)
 
 

@@ -70,7 +70,9 @@ def test_sizes_of_elements_are_torch_s():
     assert set(dtypes.SAFETENSORS) <= set(dtypes.ITEM_BYTES)
 
 
-@pytest.mark.parametrize("key", ["", "..", "../../evil", "a/b", "line\nbreak", '"', "\\", "\0", "𝔘" * 300, "x" * 10_000])
+@pytest.mark.parametrize(
+    "key", ["", "..", "../../evil", "a/b", "line\nbreak", '"', "\\", "\0", "😀" * 300, "x" * 10_000]
+)
 def test_any_name_is_a_key(tmp_path, key):
     tensors = {key: tensor_of("float32"), "other": tensor_of("int8")}
     write(tmp_path / "x.safetensors", tensors)
@@ -116,7 +118,7 @@ def test_the_library_accepts_every_layout(tmp_path_factory, slots):
 
 
 @given(
-    st.text(st.characters(codec="utf-8"), max_size=6) | st.sampled_from(["𝔘" * 100, "\0" * 100, '"' * 100]),
+    st.text(st.characters(codec="utf-8"), max_size=6) | st.sampled_from(["😀" * 100, "\0" * 100, '"' * 100]),
     st.sampled_from(sorted(dtypes.ITEM_BYTES)),
     st.lists(st.integers(0, 2**62), max_size=5).map(tuple),
 )
@@ -136,7 +138,7 @@ def test_reserved_and_taken_keys_are_not_free():
 
 @pytest.mark.parametrize("prefix", [b"", b"\1" * 7, (1 << 30).to_bytes(8, "little"), b"\xff" * 8])
 def test_a_header_that_is_too_long_or_not_there_is_refused(prefix):
-    with pytest.raises(FormatError, match="data.safetensors"):
+    with pytest.raises(FormatError, match=r"data\.safetensors"):
         container.header_size(prefix, what="data.safetensors")
 
 

@@ -43,7 +43,8 @@ def stored(one: StateComponent, old: Topology, *, without: tuple[str, ...] = ())
         required=True,
         group=one.process_group_name,
         entries={
-            name: EntryRecord(ranks, coordinates.get(name), ranks[:1], 1, 1, "0" * 32) for name, ranks in entries.items()
+            name: EntryRecord(ranks, coordinates.get(name), ranks[:1], 1, 1, "0" * 32)
+            for name, ranks in entries.items()
         },
         digest="0" * 32,
         validation=Validation(ValidationLevel.NONE, "not compared"),
@@ -109,7 +110,9 @@ def test_local_names_belong_to_their_set(one, old, new, expected):
     ],
 )
 def test_a_set_that_held_nothing_has_nothing_to_load(one, old, new, missing):
-    with pytest.raises(LoadMismatch, match=f"the checkpoint has no state for '{missing}' .*; declare stateful=None there"):
+    with pytest.raises(
+        LoadMismatch, match=f"the checkpoint has no state for '{missing}' .*; declare stateful=None there"
+    ):
         find(one, old, new, without=(missing,))
 
 

@@ -63,11 +63,13 @@ def test_without_a_repository_there_is_no_commit(monkeypatch):
 @pytest.mark.parametrize(
     ("data", "shown"),
     [
-        ({"learning_rate": 1e-3, "steps": 5, "flag": True, "none": None}, {"learning_rate": 1e-3, "steps": 5, "flag": True, "none": None}),
-        ({"hub_token": "abc", "API_KEY": "abc", "password": "x", "aws_secret_access_key": b"x"}, dict.fromkeys(["hub_token", "API_KEY", "password", "aws_secret_access_key"], REDACTED)),
+        ({"learning_rate": 1e-3, "steps": 5, "none": None}, {"learning_rate": 1e-3, "steps": 5, "none": None}),
+        ({"hub_token": "abc", "API_KEY": "abc"}, {"hub_token": REDACTED, "API_KEY": REDACTED}),
+        ({"password": "x", "aws_secret_access_key": b"x"}, {"password": REDACTED, "aws_secret_access_key": REDACTED}),
         ({"wandb": {"api_key": "abc", "project": "p"}}, {"wandb": {"api_key": REDACTED, "project": "p"}}),
         ({"tokens": ["abc"], "token": ["abc", "def"]}, {"tokens": ["abc"], "token": [REDACTED, REDACTED]}),
-        ({"num_input_tokens": 5, "token": 7, "hub_token": None, "hub_token_empty": ""}, {"num_input_tokens": 5, "token": 7, "hub_token": None, "hub_token_empty": ""}),
+        ({"num_input_tokens": 5, "token": 7}, {"num_input_tokens": 5, "token": 7}),
+        ({"hub_token": None, "read_token": ""}, {"hub_token": None, "read_token": ""}),
         (f"run --hub {FAKE_HUB_TOKEN} now", f"run --hub {REDACTED} now"),
         ("key sk-" + "b" * 30, f"key {REDACTED}"),
         ("AKIA" + "B" * 16, REDACTED),

@@ -1,5 +1,7 @@
 """The digest tree, against a slow one written from its description alone."""
 
+import itertools
+
 import pytest
 import xxhash
 from hypothesis import given
@@ -23,7 +25,9 @@ def slow_piece_digest(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "size", [0, 1, 7, 4 * MIB - 1, 4 * MIB, 4 * MIB + 1, 8 * MIB, 8 * MIB + 3, 12 * MIB], ids=lambda size: f"{size} bytes"
+    "size",
+    [0, 1, 7, 4 * MIB - 1, 4 * MIB, 4 * MIB + 1, 8 * MIB, 8 * MIB + 3, 12 * MIB],
+    ids=lambda size: f"{size} bytes",
 )
 def test_a_piece_has_the_digest_that_is_described(size):
     data = (b"0123456789abcde" * (size // 15 + 1))[:size]
@@ -39,7 +43,7 @@ def test_blocks_cover_a_piece_in_order(size):
     bounds = list(hashtree.block_bounds(size))
     assert len(bounds) == hashtree.num_blocks(size)
     assert (bounds[0][0], bounds[-1][1]) == (0, size)
-    assert all(stop == start for (_, stop), (start, _) in zip(bounds, bounds[1:], strict=False))
+    assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(bounds))
     assert all(stop - start == BLOCK_BYTES for start, stop in bounds[:-1])
 
 

@@ -13,6 +13,7 @@ import pytest
 from forgather_ckpt import lease, paths
 from forgather_ckpt.errors import RunDirectoryInUse, StorageError
 from forgather_ckpt.lease import Lease
+from tests.system_calls import num_open_files
 
 PRELUDE = """
 import os, sys, time
@@ -199,17 +200,17 @@ def test_a_planted_link_is_refused_and_its_target_stays(tmp_path):
 
 def test_a_run_directory_that_cannot_be_made_is_a_typed_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="taking the lease of the run directory failed at .*file"):
+    with pytest.raises(StorageError, match=r"taking the lease of the run directory failed at .*file"):
         Lease(tmp_path / "file" / "run")
 
 
 def test_no_descriptor_stays_open(tmp_path):
     with process(tmp_path, HOLD) as owner:
         assert owner.stdout.readline() == "held\n"
-        before = len(os.listdir("/proc/self/fd"))
+        before = num_open_files()
         for _ in range(3):
             with pytest.raises(RunDirectoryInUse):
                 Lease(tmp_path)
             Lease(tmp_path / "other").release()
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert num_open_files() == before
         owner.communicate("")

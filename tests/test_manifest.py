@@ -73,7 +73,10 @@ def sample() -> CheckpointManifest:
             "index-00000.json": FileRecord(500, hex_digest("index"), 0),
             "index-00001.json": FileRecord(300, hex_digest("other index"), 1),
         },
-        indexes={"index-00000.json": [("model", "all"), ("stage", "pp=0/2")], "index-00001.json": [("stage", "pp=1/2")]},
+        indexes={
+            "index-00000.json": [("model", "all"), ("stage", "pp=0/2")],
+            "index-00001.json": [("stage", "pp=1/2")],
+        },
         epoch=1.5,
         run_id="0123abcd",
         parent={"step": 500, "sequence": 6, "digest": hex_digest("parent")},
@@ -187,8 +190,14 @@ def test_a_forged_digest_would_be_believed():
         (changed("nodes", to=5), "malformed"),
         (changed("groups", to=[]), "malformed"),
         (changed("groups", "dp", to=[]), "malformed"),
-        (changed("files", "../evil", to={"size": 1, "digest": "0" * 32, "writer": 0}), "which is not a plain file name"),
-        (changed("files", ".hidden", to={"size": 1, "digest": "0" * 32, "writer": 0}), "which is not a plain file name"),
+        (
+            changed("files", "../evil", to={"size": 1, "digest": "0" * 32, "writer": 0}),
+            "which is not a plain file name",
+        ),
+        (
+            changed("files", ".hidden", to={"size": 1, "digest": "0" * 32, "writer": 0}),
+            "which is not a plain file name",
+        ),
         (changed("files", "a/b", to={"size": 1, "digest": "0" * 32, "writer": 0}), "which is not a plain file name"),
         (changed("files", "index-00000.json", "size", to=-5), "file 'index-00000.json': field 'size'"),
         (changed("files", "index-00000.json", "digest", to="xyz"), "expected 32 hex digits"),

@@ -1,5 +1,6 @@
 """Who writes which bytes: every byte has one writer, shares are even, and every rank comes to the same answer."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from forgather_ckpt.plan import MIN_PIECE_BYTES, Extent, Piece, deal
 
 MIB = 1 << 20
 
-sizes = st.integers(0, 100) | st.integers(0, 64 * MIB) | st.integers(16 * MIB, 4096 * MIB) | st.sampled_from([0, 16 * MIB])
+sizes = (
+    st.integers(0, 100) | st.integers(0, 64 * MIB) | st.integers(16 * MIB, 4096 * MIB) | st.sampled_from([0, 16 * MIB])
+)
 extents = st.lists(sizes, max_size=30).map(
     lambda sizes: [Extent(f"layers.{number}.weight", size) for number, size in enumerate(sizes)]
 )
@@ -73,7 +76,7 @@ def test_pieces_are_large_and_start_at_blocks(extents, writers):
             assert piece.start % BLOCK_BYTES == 0
             assert piece.stop % BLOCK_BYTES == 0 or piece.stop == sizes[piece.name]
         assert not any(
-            one.name == other.name and one.stop == other.start for one, other in zip(share, share[1:], strict=False)
+            one.name == other.name and one.stop == other.start for one, other in itertools.pairwise(share)
         ), "neighbours on one rank are one piece"
 
 

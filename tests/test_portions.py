@@ -71,7 +71,12 @@ def test_one_portion_a_set(component, structures, expected):
         (declared(REPLICATED), "a-aa", 1, "ranks 1 hold nothing (stateful=None), but 0, 2-3 of the same set do"),
         (declared(REPLICATED), "a---", 1, "ranks 1-3 hold nothing"),
         (declared(PER_GROUP, "dp"), "ab-b", 2, "ranks 2 hold nothing (stateful=None), but 0 of the same set do"),
-        (declared(PER_GROUP, "some"), "aab-", 2, "ranks 2 hold state but are in no group 'some'; declare stateful=None"),
+        (
+            declared(PER_GROUP, "some"),
+            "aab-",
+            2,
+            "ranks 2 hold state but are in no group 'some'; declare stateful=None",
+        ),
     ],
 )
 def test_a_rank_that_must_hold_something_and_does_not_is_named(component, structures, rank, problem):
@@ -101,7 +106,12 @@ def test_structures_must_be_equal_inside_compared_sets_only(component, structure
 
 
 def test_problems_are_told_with_their_ranks():
-    found = {0: Report("a", 1, 1), 1: Report(problem="it broke"), 2: Report(problem="other"), 3: Report(problem="it broke")}
+    found = {
+        0: Report("a", 1, 1),
+        1: Report(problem="it broke"),
+        2: Report(problem="other"),
+        3: Report(problem="it broke"),
+    }
     assert first_problem(declared(REPLICATED), found) == "on ranks 1, 3: it broke; on ranks 2: other"
     assert first_problem(declared(REPLICATED), reports("aa-a")) is None
 
@@ -153,7 +163,11 @@ def test_a_portion_for_every_combination_of_sets():
 @pytest.mark.parametrize(
     ("one", "other", "shown"),
     [
-        (row("w", T, "float32", [2]), row("w", T, "float32", [3]), "is a tensor float32 [2] on rank 0 and a tensor float32 [3]"),
+        (
+            row("w", T, "float32", [2]),
+            row("w", T, "float32", [3]),
+            "is a tensor float32 [2] on rank 0 and a tensor float32 [3]",
+        ),
         (row("w", T, "float32", [2]), row("w", T, "bfloat16", [2]), "a tensor bfloat16 [2] on rank 1"),
         (row("w"), row("w", V), "a value on rank 1"),
         (row("w", "alias", "x"), row("w", "alias", "y"), "is a alias x on rank 0 and a alias y on rank 1"),

@@ -12,8 +12,9 @@ from forgather_ckpt import files, reading
 from forgather_ckpt.errors import CheckpointDamaged, StorageError
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.reading import Wanted
+from tests.checkpoints import assign, write
 from tests.states import tensor_bytes
-from tests.test_writing import assign, write
+from tests.system_calls import num_open_files
 
 MIB = 1 << 20
 STATE = {
@@ -85,7 +86,9 @@ def test_small_neighbours_are_read_in_one_request(stored, monkeypatch):
     directory, rows, expected = stored
     requests = []
     read_at = files.read_at
-    monkeypatch.setattr(files, "read_at", lambda fd, view, offset: (requests.append(offset), read_at(fd, view, offset))[1])
+    monkeypatch.setattr(
+        files, "read_at", lambda fd, view, offset: (requests.append(offset), read_at(fd, view, offset))[1]
+    )
     wanted = want(rows)
     reading.read(directory, wanted)
     assert found(wanted) == expected
@@ -201,11 +204,11 @@ def test_an_error_ends_all_reading_before_the_files_are_closed(stored, monkeypat
         return read_at(descriptor, view, offset)
 
     monkeypatch.setattr(files, "read_at", slow_read_at)
-    open_before = len(os.listdir("/proc/self/fd"))
+    open_before = num_open_files()
     with pytest.raises(StorageError, match="reading the checkpoint failed"):
         reading.read(directory, want(rows))
     assert not late
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert num_open_files() == open_before
 
 
 def test_progress_is_told_all_the_time(stored):

@@ -44,7 +44,14 @@ def test_the_verdict_is_the_same_in_any_order_and_names_every_rank_once(digests,
 
 @pytest.mark.parametrize(
     ("ranks", "shown"),
-    [((), ""), ((3,), "3"), ((0, 1), "0-1"), ((0, 1, 2, 3, 7), "0-3, 7"), ((0, 2, 4), "0, 2, 4"), ((5, 6, 9, 10), "5-6, 9-10")],
+    [
+        ((), ""),
+        ((3,), "3"),
+        ((0, 1), "0-1"),
+        ((0, 1, 2, 3, 7), "0-3, 7"),
+        ((0, 2, 4), "0, 2, 4"),
+        ((5, 6, 9, 10), "5-6, 9-10"),
+    ],
 )
 def test_ranks_are_shown_in_runs(ranks, shown):
     assert describe(ranks) == shown

@@ -41,7 +41,9 @@ def test_what_is_not_there_is_said_with_what_is(which):
         choose(FOUND, which)
 
 
-@pytest.mark.parametrize("which", ["newest", "", "step:", "step:x", "latest~", "latest~-1", -5, 1.5, True, "checkpoint-1000"])
+@pytest.mark.parametrize(
+    "which", ["newest", "", "step:", "step:x", "latest~", "latest~-1", -5, 1.5, True, "checkpoint-1000"]
+)
 def test_what_selects_nothing_is_refused_with_what_would(which):
     with pytest.raises(CheckpointNotFound, match="use 'latest', 'latest~1', a step, or a path"):
         choose(FOUND, which)
@@ -71,7 +73,9 @@ def test_of_two_checkpoints_of_one_step_the_newer_is_taken():
     assert choose([candidate(5, 1, "old"), candidate(5, 2, "new")], 5) == [candidate(5, 2, "new")]
 
 
-candidates = st.lists(st.builds(candidate, st.integers(0, 5), st.integers(1, 5), st.none() | st.text(max_size=3)), max_size=6)
+candidates = st.lists(
+    st.builds(candidate, st.integers(0, 5), st.integers(1, 5), st.none() | st.text(max_size=3)), max_size=6
+)
 
 
 @given(candidates, st.randoms())

@@ -103,7 +103,11 @@ def test_fields_are_given_with_their_type():
     assert fields.text("text") == "a"
     assert fields.number("count") == 3
     assert fields.flag("flag") is True
-    assert (fields.optional_text("null"), fields.optional_text("absent"), fields.optional_text("text")) == (None, None, "a")
+    assert (fields.optional_text("null"), fields.optional_text("absent"), fields.optional_text("text")) == (
+        None,
+        None,
+        "a",
+    )
     assert (fields.items("list"), fields.texts("list"), fields.numbers("numbers")) == (["a", "b"], ["a", "b"], [0, 5])
     assert fields.mapping("object") == {"k": 1}
     assert fields.digest("digest") == "0123456789abcdef" * 2
@@ -128,5 +132,5 @@ def test_a_field_of_another_kind_is_refused_by_name(method, key):
 
 @pytest.mark.parametrize("data", [None, 1, "text", ["list"]])
 def test_what_is_no_object_has_no_fields(data):
-    with pytest.raises(FormatError, match="here is .*; expected an object"):
+    with pytest.raises(FormatError, match=r"here is .*; expected an object"):
         Fields(data, "here")

@@ -14,7 +14,7 @@ from torch import nn
 from forgather_ckpt import dtypes, structure
 from forgather_ckpt.errors import FormatError, StructureError
 from forgather_ckpt.structure import AliasItem, capture, restore
-from tests.states import assert_same, keys, plain_values, scalars, tensor_of, texts
+from tests.states import assert_same, plain_values, state_dicts, tensor_of, texts
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -26,25 +26,6 @@ def through(state_dict):
     leaves += [(item.order, name, item.value) for name, item in state.values.items()]
     leaves += [(item.order, name, state.tensors[item.target].tensor) for name, item in state.aliases.items()]
     return restore(reversed(leaves))
-
-
-tensors = st.builds(
-    tensor_of, st.sampled_from(["float32", "int8", "bool"]), st.lists(st.integers(0, 3), max_size=2).map(tuple)
-)
-state_dicts = st.dictionaries(
-    keys | texts,
-    st.recursive(
-        tensors | scalars,
-        lambda below: (
-            st.lists(below, max_size=3)
-            | st.lists(below, max_size=3).map(tuple)
-            | st.dictionaries(texts, below, max_size=3)
-            | st.dictionaries(keys, below, max_size=3)
-        ),
-        max_leaves=8,
-    ),
-    max_size=4,
-)
 
 
 def has_equal_names(state_dict) -> bool:
@@ -86,7 +67,8 @@ def test_items_have_the_names_of_their_paths():
         "flat.weight", "dict/b/c", "list/~l0", "list/~l3/~t0", "/", "a~1b~0c/..~1..~1evil",
     ]  # fmt: skip
     assert list(state.values) == [
-        "dict/a", "dict/b/d", "~i0/~i1", "~i0/~i-1", '~i0/~k{"$tuple":[true,null]}/~knull', "list/~l1", "list/~l2", "list/~l3/~t1", "list/~l4",
+        "dict/a", "dict/b/d", "~i0/~i1", "~i0/~i-1",
+        '~i0/~k{"$tuple":[true,null]}/~knull', "list/~l1", "list/~l2", "list/~l3/~t1", "list/~l4",
         "tuple/~t0/a", "tuple/~t1", "tuple/~t2/~l0", "plain", "empty",
     ]  # fmt: skip
     assert (state.num_items, state.num_bytes) == (20, 4 * (2 + 1 + 1 + 1 + 3 + 1))
@@ -207,9 +189,15 @@ REFUSED = "objects cannot be checkpointed; return numbers, strings, tensors, lis
         (lambda: {"a": {Color.RED: 1}}, "the key <Color.RED: 1>: objects of type tests.test_structure.Color"),
         (lambda: {"a": {float("nan"): 1, -float("nan"): 2, float("nan") * 1: 3}}, "two keys have one name"),
         (lambda: {"x": {"m": torch.zeros(1, device="meta")}}, "x/m: a meta tensor has no data; materialize it"),
-        (lambda: {"x": [torch.zeros(2, 2).to_sparse()]}, "x/~l0: tensors of layout torch.sparse_coo cannot be checkpointed"),
+        (
+            lambda: {"x": [torch.zeros(2, 2).to_sparse()]},
+            "x/~l0: tensors of layout torch.sparse_coo cannot be checkpointed",
+        ),
         (lambda: {"x": torch.eye(2).to_sparse_csr()}, "x: tensors of layout torch.sparse_csr cannot be checkpointed"),
-        (lambda: {"x": quantized()}, "x: quantized tensors cannot be checkpointed; store int_repr(), scale and zero point"),
+        (
+            lambda: {"x": quantized()},
+            "x: quantized tensors cannot be checkpointed; store int_repr(), scale and zero point",
+        ),
         (lambda: {"x": {"n": nested()}}, "x/n: nested tensors cannot be checkpointed"),
         (lambda: {"x": jagged()}, "x: tensors of type NestedTensor cannot be checkpointed; return plain tensors"),
         (lambda: {"x": torch.zeros(2).as_subclass(Marked)}, "x: tensors of type Marked cannot be checkpointed"),

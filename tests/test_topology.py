@@ -80,7 +80,9 @@ def test_these_patterns_are_partitions_of_all_ranks(pattern, sizes):
 
 @pytest.mark.parametrize("name", [None, "pp"])
 def test_a_group_that_nobody_gave_is_refused_with_the_known_ones(name):
-    with pytest.raises(DeclarationError, match=r"no process group .*; known groups: alone, deep, dp, mesh\. Return it from"):
+    with pytest.raises(
+        DeclarationError, match=r"no process group .*; known groups: alone, deep, dp, mesh\. Return it from"
+    ):
         sets_of(PER_GROUP, name, UNEVEN)
     with pytest.raises(DeclarationError, match="known groups: none"):
         sets_of(PER_GROUP, "dp", Topology.single())

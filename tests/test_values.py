@@ -37,7 +37,9 @@ def test_equal_values_of_equal_types_have_the_same_bytes(value):
     assert values.dumps(round_trip(value)) == values.dumps(value)
 
 
-STRUCTURED = np.array([(1, 2.5, b"ab", [[1, 2], [3, 4]])], [("i", ">i4"), ("f", "f8"), ("s", "S3"), ("a", "u1", (2, 2))])
+STRUCTURED = np.array(
+    [(1, 2.5, b"ab", [[1, 2], [3, 4]])], [("i", ">i4"), ("f", "f8"), ("s", "S3"), ("a", "u1", (2, 2))]
+)
 
 EXACT = {
     "none": None, "true": True, "false": False, "zero": 0, "negative zero": -0.0, "int": -7, "float": 7.0,
