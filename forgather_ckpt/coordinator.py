@@ -13,7 +13,7 @@ from forgather_ckpt.errors import DeclarationError
 from forgather_ckpt.job import Job
 from forgather_ckpt.lease import Lease
 from forgather_ckpt.load import LoadReport, Torn, load, refuse_torn, torn_error
-from forgather_ckpt.load import Request as LoadRequest
+from forgather_ckpt.prepare import Request as LoadRequest
 from forgather_ckpt.save import Request as SaveRequest
 from forgather_ckpt.save import Saved, save
 from forgather_ckpt.topology import Topology

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from forgather_ckpt.component import Available, StateDict, Target
 from forgather_ckpt.errors import DeclarationError, LoadMismatch
+from forgather_ckpt.names import decode_path
 
 _WRAPPERS = ("module.", "_orig_mod.")
 
@@ -61,14 +62,14 @@ class NamedOptimizer:
         targets: dict[str, Target | None] = {}
         devices = self._step_devices()
         for item, what in available.items():
-            kind, name, key = self._parse(item)
+            kind, name, key = self._parse(decode_path(item)[0])
             if name is None:
                 targets[item] = None
             elif what.dtype is None or kind == "groups":
                 targets[item] = Target("cpu")
-            else:
+            elif key not in self.optimizer.state.get(self._parameters[name], {}):  # else it is filled in place
                 targets[item] = Target(_device(self._parameters[name], key, devices))
-        return {item: target for item, target in targets.items() if not self._is_live(item, target)}
+        return targets
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Take over the tensors in `state_dict`, whose memory is the optimizer's from then on."""
@@ -123,9 +124,9 @@ class NamedOptimizer:
                 "all modules that it optimizes"
             ) from None
 
-    def _parse(self, item: str) -> tuple[str, str | None, str]:
+    def _parse(self, item: Any) -> tuple[str, str | None, str]:
         """`state.<parameter>.<key>` in its three parts; the parameter is None where it is not one of ours."""
-        kind, _, rest = item.partition(".")
+        kind, _, rest = item.partition(".") if isinstance(item, str) else ("", "", "")
         if kind in ("state", "groups"):
             name = rest
             while name := name.rpartition(".")[0]:
@@ -141,13 +142,6 @@ class NamedOptimizer:
             for group in self.optimizer.param_groups
             for parameter in group["params"]
         }
-
-    def _is_live(self, item: str, target: Target | None) -> bool:
-        """Whether the item exists already, so that it can be filled in place."""
-        kind, name, key = self._parse(item)
-        if target is None or name is None or kind != "state":
-            return False
-        return key in self.optimizer.state.get(self._parameters[name], {})
 
 
 def _device(parameter: nn.Parameter, key: str, step_devices: Mapping[nn.Parameter, torch.device]) -> torch.device:

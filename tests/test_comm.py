@@ -84,6 +84,7 @@ def test_the_others_do_not_wait_for_the_work_of_a_rank_that_has_raised_elsewhere
 
     def case(rank: int, world_size: int) -> tuple[Refusal, bool, list[int]]:
         comm = join()
+        store = dist.distributed_c10d._get_default_store()
         comm.begin_operation()
         is_finished = False
 
@@ -91,15 +92,19 @@ def test_the_others_do_not_wait_for_the_work_of_a_rank_that_has_raised_elsewhere
             nonlocal is_finished
             if rank == 2:
                 raise ValueError("at once")
-            if rank == 0:
-                for _ in range(10_000):
+            end = time.monotonic() + 20
+            while time.monotonic() < end:
+                if rank == 0:
                     comm.beat()
-                    time.sleep(0.01)
-            if rank == 1:
-                time.sleep(1.5)
-            is_finished = True
+                elif store.check(["rank 0 has raised"]):
+                    is_finished = True
+                    break
+                time.sleep(0.01)
 
-        return refusal(lambda: comm.agree("working", work)), is_finished, works(comm)
+        error = refusal(lambda: comm.agree("working", work))
+        if rank == 0:
+            store.set("rank 0 has raised", "")
+        return error, is_finished, works(comm)
 
     results = values(run_ranks(3, case))
     assert the_same([(error, after) for error, _, after in results]) == (

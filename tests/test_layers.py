@@ -35,6 +35,7 @@ LAYERS = [
     ("memory", "holdings", "job"),
     ("reading", "writing", "settle", "check"),
     ("assembly", "validate", "save"),
+    ("prepare",),
     ("load",),
     ("coordinator",),
     ("data",),

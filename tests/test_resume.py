@@ -208,7 +208,7 @@ def fail() -> None:
 @pytest.mark.parametrize(
     "kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.gpu) for kind in GPU_KINDS)], ids=lambda kind: kind.name
 )
-def test_a_run_that_was_stopped_goes_on_exactly(tmp_path, undisturbed, kind):
+def test_b33_a_run_that_was_stopped_goes_on_exactly(tmp_path, undisturbed, kind):
     if dict(kind.settings).get("device") == "cuda" and torch.cuda.device_count() < kind.world_size:
         pytest.skip(f"needs {kind.world_size} devices")
 

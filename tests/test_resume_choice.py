@@ -74,7 +74,9 @@ def test_of_two_checkpoints_of_one_step_the_newer_is_taken():
 
 
 candidates = st.lists(
-    st.builds(candidate, st.integers(0, 5), st.integers(1, 5), st.none() | st.text(max_size=3)), max_size=6
+    st.builds(candidate, st.integers(0, 5), st.integers(1, 5), st.none() | st.text(max_size=3)),
+    max_size=6,
+    unique_by=lambda one: one.path,
 )
 
 

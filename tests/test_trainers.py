@@ -144,12 +144,12 @@ def test_learning_rate_factors_over_four_steps(kind, warmup_steps, expected):
         ({"save_strategy": "epoch", "max_steps": 8}, [(8, "final")]),
     ],
 )
-def test_saves_are_on_their_grid_and_the_last_step_is_saved_once(tmp_path, settings, expected):
+def test_b44_saves_are_on_their_grid_and_the_last_step_is_saved_once(tmp_path, settings, expected):
     Trainer(make_model(), make_args(tmp_path, **({"save_strategy": "steps"} | settings)), Points()).train()
     assert saves(tmp_path) == expected
 
 
-def test_a_resume_keeps_the_grid_of_saves(tmp_path):
+def test_b43_a_resume_keeps_the_grid_of_saves(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 13}
     with pytest.raises(Stop):
         Trainer(make_model(), make_args(tmp_path, **settings), Points(), on_step_end=[stop_at(7)]).train()
@@ -395,12 +395,12 @@ def test_hooks_run_after_each_step_and_before_its_save(tmp_path):
 
 
 @pytest.mark.parametrize("choice", [True, "latest"])
-def test_resuming_where_there_is_nothing_is_an_error_that_names_auto(tmp_path, choice):
+def test_b42_resuming_where_there_is_nothing_is_an_error_that_names_auto(tmp_path, choice):
     with pytest.raises(CheckpointNotFound, match='resume_from_checkpoint="auto" the run starts fresh'):
         Trainer(make_model(), make_args(tmp_path, resume_from_checkpoint=choice), Points()).train()
 
 
-def test_auto_starts_fresh_where_there_is_nothing(tmp_path):
+def test_b42_auto_starts_fresh_where_there_is_nothing(tmp_path):
     result = Trainer(make_model(), make_args(tmp_path, resume_from_checkpoint="auto"), Points()).train()
     assert (result.steps, result.resumed_from) == (4, None)
 
