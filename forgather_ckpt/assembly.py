@@ -13,9 +13,9 @@ import torch
 
 from forgather_ckpt import structure, values
 from forgather_ckpt.component import Available, Target
-from forgather_ckpt.dtypes import ITEM_BYTES
 from forgather_ckpt.errors import FormatError, LoadMismatch
 from forgather_ckpt.index import AliasRow, IndexEntry, TensorRow, ValueRow
+from forgather_ckpt.pieces import item_problems
 from forgather_ckpt.reading import Wanted
 from forgather_ckpt.structure import State
 
@@ -51,43 +51,22 @@ class Stored:
 
 def gather(component: str, parts: Sequence[IndexEntry]) -> Stored:
     """Join what the writers stored of one entry; `FormatError` where it does not make up whole items."""
+    for item, problem in item_problems(parts):
+        raise FormatError(f"component {component!r}: {item!r}: {problem}", component=component)
     pieces: dict[str, list[TensorRow]] = defaultdict(list)
     for part in parts:
         for row in part.tensors:
             pieces[row.name].append(row)
     for name, rows in pieces.items():
         rows.sort(key=lambda row: row.bounds)
-        _check_whole(component, name, rows)
-    stored_values = {row.name: row for part in parts for row in part.values}
-    aliases = {row.name: row for part in parts for row in part.aliases}
-    count = sum(len(part.values) + len(part.aliases) for part in parts)
-    stored = Stored(component, pieces, stored_values, aliases)
-    if count != len(stored_values) + len(aliases) or len(stored.names) != len(pieces) + count:
-        raise FormatError(f"component {component!r}: the indexes hold an item twice", component=component)
-    for alias in aliases.values():
-        if alias.target not in pieces:
-            raise FormatError(
-                f"component {component!r}: {alias.name!r} stands for {alias.target!r}, which is not there"
-            )
-    return stored
-
-
-def _check_whole(component: str, name: str, rows: Sequence[TensorRow]) -> None:
-    first = rows[0]
-    position = 0
-    for row in rows:
-        start, stop = row.bounds
-        if (row.dtype, row.shape, row.box) != (first.dtype, first.shape, None) or start != position:
-            position = -1
-            break
-        position = stop
-    total = ITEM_BYTES[first.dtype]
-    for length in first.shape:
-        total *= length
-    if position != total:
-        raise FormatError(
-            f"component {component!r}: the pieces of {name!r} do not make up the whole tensor", component=component
-        )
+        if rows[0].box is not None:
+            raise FormatError(f"component {component!r}: {name!r} is stored in boxes, which this version does not read")
+    return Stored(
+        component,
+        pieces,
+        {row.name: row for part in parts for row in part.values},
+        {row.name: row for part in parts for row in part.aliases},
+    )
 
 
 @dataclass

@@ -23,6 +23,8 @@ GRACE_SECONDS = 2.0
 """How much longer than rank 0 the others wait, so that rank 0, which knows who is missing, speaks first."""
 _LIVENESS_SECONDS = 0.25
 _MAX_POLL_SECONDS = 0.05
+_DECIDING, _SPOKEN = "deciding", "spoken"
+"""What rank 0 claims a phase with; an impatient rank claims it with its error, and the first one counts for all."""
 _KEPT_OPERATIONS = 4
 """Verdicts of so many operations stay in the store, for ranks that come late to one that has failed."""
 
@@ -130,12 +132,14 @@ class Comm:
         self._store.set(key, json.dumps(message))
 
     def _lead(self, prefix: str, phase: str, decide: Callable[[list[Any]], Any] | None) -> dict[str, Any]:
+        claim = ""
         try:
             messages = self._collect(prefix, phase)
             failures = {rank: message for rank, message in messages.items() if "error" in message}
             if failures:
                 raise one_error(phase, failures)
             self._claim(prefix)
+            claim = _DECIDING
             results = [messages[rank]["ok"] for rank in range(self.world_size)]
             verdict = {"ok": decide(results) if decide else None}
         except CheckpointError as err:
@@ -146,6 +150,14 @@ class Comm:
             failure = RankFailed(f"{phase} was interrupted on rank 0 by {type(err).__name__}", rank=0)
             self._post(f"{prefix}/verdict", {"error": failure.to_wire()})
             raise
+        return self._speak(prefix, verdict, claim)
+
+    def _speak(self, prefix: str, verdict: dict[str, Any], claim: str) -> dict[str, Any]:
+        """Publish the verdict; if the others have given up on this rank by now, their error is everybody's."""
+        self._posted[-1].append(f"{prefix}/claim")
+        current = self._store.compare_set(f"{prefix}/claim", claim, _SPOKEN)
+        if current != _SPOKEN.encode():
+            verdict = {"error": json.loads(current)}
         self._post(f"{prefix}/verdict", verdict)
         # `set` does not wait for the store: this rank may exit now, and must not be taken for one that died before
         self._store.check([f"{prefix}/verdict"])
@@ -153,9 +165,8 @@ class Comm:
 
     def _claim(self, prefix: str) -> None:
         """Decide only if nobody has given up on this phase: an impatient rank's error is the verdict then."""
-        self._posted[-1].append(f"{prefix}/claim")
-        current = self._store.compare_set(f"{prefix}/claim", "", "0")
-        if current != b"0":
+        current = self._store.compare_set(f"{prefix}/claim", "", _DECIDING)
+        if current != _DECIDING.encode():
             raise from_wire(json.loads(current))
 
     def _collect(self, prefix: str, phase: str) -> dict[int, dict[str, Any]]:
@@ -195,11 +206,14 @@ class Comm:
                 continue
             if self._store.check([key]):
                 break  # it spoke, and then its process ended
-            # If rank 0 has begun to decide, its verdict counts: wait for it once more.
-            current = self._store.compare_set(f"{prefix}/claim", "", json.dumps(error.to_wire()))
-            if current != b"0":
+            # If rank 0 has begun to decide, its verdict counts: wait for it once more, then withdraw the claim from it.
+            told, is_over = json.dumps(error.to_wire()), has_given_up or self._is_dead(0)
+            current = self._store.compare_set(f"{prefix}/claim", "", told)
+            if is_over and current == _DECIDING.encode():
+                current = self._store.compare_set(f"{prefix}/claim", _DECIDING, told)
+            if current not in (_DECIDING.encode(), _SPOKEN.encode()):
                 return {"error": json.loads(current)}
-            if has_given_up or self._is_dead(0):
+            if is_over and not self._store.check([key]):
                 return {"error": error.to_wire()}
             has_given_up, patience = True, _Patience(self, grace_seconds=GRACE_SECONDS)
         verdict: dict[str, Any] = json.loads(self._store.get(key))

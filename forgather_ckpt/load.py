@@ -99,6 +99,10 @@ def load(job: Job, request: Request) -> LoadReport:
             if not isinstance(err.error, _DAMAGE):
                 break
             failure = err.error
+        except CheckpointError as err:
+            if torn is None:
+                raise
+            raise Torn(err, torn.touched, torn.named) from err  # the older one does not fit, the newer was half loaded
         else:
             if torn is not None:
                 _refuse_leftovers(comm, torn, report)

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from os import close
@@ -15,6 +15,7 @@ from forgather_ckpt import files, hashtree, memory
 from forgather_ckpt.errors import CheckpointDamaged
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.index import TensorRow
+from forgather_ckpt.pieces import Block, requests
 
 IN_FLIGHT = 16
 
@@ -27,13 +28,6 @@ class Wanted(NamedTuple):
     component: str
     row: TensorRow
     destination: torch.Tensor
-
-
-class _Block(NamedTuple):
-    wanted: Wanted
-    number: int
-    start: int
-    stop: int
 
 
 def read(directory: Path, wanted: Sequence[Wanted], *, on_progress: Callable[[], None] = lambda: None) -> None:
@@ -55,7 +49,7 @@ def read(directory: Path, wanted: Sequence[Wanted], *, on_progress: Callable[[],
         for name, pieces in by_file.items():
             descriptor = files.open_to_read(directory / name)
             stack.callback(close, descriptor)
-            for run in _runs(sorted(pieces, key=lambda one: one.row.offset)):
+            for run in requests(sorted(pieces, key=lambda one: one.row.offset)):
                 if len(in_flight) == IN_FLIGHT:
                     in_flight.popleft().result()
                     on_progress()
@@ -63,20 +57,6 @@ def read(directory: Path, wanted: Sequence[Wanted], *, on_progress: Callable[[],
         for future in in_flight:
             future.result()
             on_progress()
-
-
-def _runs(wanted: Sequence[Wanted]) -> Iterator[list[_Block]]:
-    """Neighbouring blocks of a file, at most one block's bytes together: one request each."""
-    run: list[_Block] = []
-    for one in wanted:
-        for number, (start, stop) in enumerate(hashtree.block_bounds(one.row.num_bytes)):
-            block = _Block(one, number, one.row.offset + start, one.row.offset + stop)
-            if run and not (run[-1].stop <= block.start and block.stop - run[0].start <= BLOCK_BYTES):
-                yield run
-                run = []
-            run.append(block)
-    if run:
-        yield run
 
 
 def _bounce_buffer(*, pinned: bool) -> torch.Tensor:
@@ -88,22 +68,22 @@ def _bounce_buffer(*, pinned: bool) -> torch.Tensor:
     return buffer
 
 
-def _read_run(descriptor: int, run: Sequence[_Block]) -> None:
+def _read_run(descriptor: int, run: Sequence[Block[Wanted]]) -> None:
     start = run[0].start
-    buffer = _bounce_buffer(pinned=any(block.wanted.destination.device.type != "cpu" for block in run))
+    buffer = _bounce_buffer(pinned=any(block.piece.destination.device.type != "cpu" for block in run))
     view = memory.host_view(buffer)[: run[-1].stop - start]
     count = files.read_at(descriptor, view, start)
     for block in run:
         data = view[block.start - start : block.stop - start]
         is_short = block.stop - start > count
-        if is_short or hashtree.digest(data) != block.wanted.row.block_digests()[block.number]:
-            raise damaged(block.wanted, block.number, is_short=is_short)
+        if is_short or hashtree.digest(data) != block.digest:
+            raise damaged(block.piece, block.number, is_short=is_short)
     for block in run:
         if block.stop > block.start:
             offset = block.number * BLOCK_BYTES
             length = block.stop - block.start
             verified = buffer[block.start - start : block.stop - start]
-            block.wanted.destination[offset : offset + length].copy_(verified)
+            block.piece.destination[offset : offset + length].copy_(verified)
 
 
 def damaged(wanted: Wanted, number: int, *, is_short: bool) -> CheckpointDamaged:

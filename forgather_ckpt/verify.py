@@ -20,6 +20,7 @@ from forgather_ckpt.errors import CheckpointDamaged, CheckpointError, FormatErro
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.index import Index, IndexEntry, TensorRow
 from forgather_ckpt.manifest import CheckpointManifest, FileRecord
+from forgather_ckpt.pieces import Block, item_problems, requests
 from forgather_ckpt.replication import describe
 
 NUM_THREADS = 4
@@ -119,15 +120,6 @@ class _Piece(NamedTuple):
     row: TensorRow
 
 
-class _Block(NamedTuple):
-    """One block of a piece: its number, and its bytes counted from the start of the file."""
-
-    piece: _Piece
-    number: int
-    start: int
-    stop: int
-
-
 class _Check:
     """The check of one checkpoint whose manifest is believed: the indexes first, then what they describe."""
 
@@ -211,7 +203,7 @@ class _Check:
                 if (component, entry) in incomplete:
                     continue
                 where = held[0][0] if held else paths.MANIFEST
-                for item, detail in _check_whole_items([part for _, part in held]):
+                for item, detail in item_problems([part for _, part in held]):
                     yield Problem(where, component, item, detail)
                 names = {name for _, part in held for name in _names(part)}
                 num_bytes = sum(row.num_bytes for _, part in held for row in part.tensors)
@@ -275,8 +267,8 @@ class _Check:
         return f"its header (bytes 0-{size}) does not have the digest that was recorded, or is another file's"
 
     def _check_blocks(self, descriptor: int, name: str, pieces: Sequence[_Piece]) -> Iterator[Problem]:
-        damaged: dict[_Piece, list[_Block]] = {}
-        checked = _in_order(self._pool, lambda request: _damaged_blocks(descriptor, request), _requests(pieces))
+        damaged: dict[_Piece, list[Block[_Piece]]] = {}
+        checked = _in_order(self._pool, lambda request: _damaged_blocks(descriptor, request), requests(pieces))
         for request, blocks in checked:
             self._advance(request[-1].stop - request[0].start)
             for block in blocks:
@@ -312,55 +304,6 @@ def _check_values(name: str, part: IndexEntry) -> Iterator[Problem]:
     for row in part.values:
         if hashtree.digest(strict_json.dumps(row.value)) != row.digest:
             yield Problem(name, part.component, row.name, "the value does not have the digest that was recorded")
-
-
-def _check_whole_items(parts: Sequence[IndexEntry]) -> Iterator[tuple[str, str]]:
-    """Whether the pieces of each tensor make up the whole, and each name stands for one item: `(item, problem)`."""
-    tensors: dict[str, list[TensorRow]] = defaultdict(list)
-    for part in parts:
-        for row in part.tensors:
-            tensors[row.name].append(row)
-    seen = set(tensors)
-    for name, rows in tensors.items():
-        if not _make_up_whole(rows):
-            yield name, "the stored pieces do not make up the whole tensor"
-    for part in parts:
-        for name in [*(row.name for row in part.values), *(row.name for row in part.aliases)]:
-            if name in seen:
-                yield name, "is stored twice"
-            seen.add(name)
-        for alias in part.aliases:
-            if alias.target not in tensors:
-                yield alias.name, f"stands for {alias.target!r}, which is not stored"
-
-
-def _make_up_whole(rows: Sequence[TensorRow]) -> bool:
-    first = rows[0]
-    if len(rows) == 1 and first.is_whole:
-        return True
-    if any((row.dtype, row.shape) != (first.dtype, first.shape) for row in rows):
-        return False
-    num_elements = 0
-    for box in {row.box for row in rows}:
-        position = 0
-        inside = sorted((row for row in rows if row.box == box), key=lambda row: row.bounds)
-        for row in inside:
-            start, stop = row.bounds
-            if start != position:
-                return False
-            position = stop
-        in_box = _volume(inside[0].box_shape)
-        if position != in_box * ITEM_BYTES[first.dtype]:
-            return False
-        num_elements += in_box
-    return num_elements == _volume(first.shape)
-
-
-def _volume(shape: Sequence[int]) -> int:
-    volume = 1
-    for length in shape:
-        volume *= length
-    return volume
 
 
 def _gaps(pieces: Sequence[_Piece], size: int) -> Iterator[tuple[int, int]]:
@@ -410,21 +353,7 @@ def _read_parts(descriptor: int, size: int, advance: Callable[[int], None]) -> I
         advance(count)
 
 
-def _requests(pieces: Sequence[_Piece]) -> Iterator[list[_Block]]:
-    """All blocks in file order; neighbours that together are no larger than a block are one request."""
-    request: list[_Block] = []
-    for piece in pieces:
-        for number, (start, stop) in enumerate(hashtree.block_bounds(piece.row.num_bytes)):
-            block = _Block(piece, number, piece.row.offset + start, piece.row.offset + stop)
-            if request and not (request[-1].stop <= block.start and block.stop - request[0].start <= BLOCK_BYTES):
-                yield request
-                request = []
-            request.append(block)
-    if request:
-        yield request
-
-
-def _damaged_blocks(descriptor: int, request: Sequence[_Block]) -> list[_Block]:
+def _damaged_blocks(descriptor: int, request: Sequence[Block[_Piece]]) -> list[Block[_Piece]]:
     """Read neighbouring blocks and return those that are not what was written. On a thread of the pool."""
     start = request[0].start
     view = memoryview(bytearray(request[-1].stop - start))
@@ -432,22 +361,16 @@ def _damaged_blocks(descriptor: int, request: Sequence[_Block]) -> list[_Block]:
     return [
         block
         for block in request
-        if block.stop - start > count
-        or hashtree.digest(view[block.start - start : block.stop - start]) != _digest_of(block)
+        if block.stop - start > count or hashtree.digest(view[block.start - start : block.stop - start]) != block.digest
     ]
 
 
-def _digest_of(block: _Block) -> bytes:
-    row = block.piece.row
-    return row.blocks[block.number] if row.blocks else row.digest
-
-
 def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[list[_Block]], T], requests: Iterable[list[_Block]]
-) -> Iterator[tuple[list[_Block], T]]:
+    pool: ThreadPoolExecutor, work: Callable[[list[Block[_Piece]]], T], requests: Iterable[list[Block[_Piece]]]
+) -> Iterator[tuple[list[Block[_Piece]], T]]:
     """Each request with its outcome, in order; at most `IN_FLIGHT` of them are under way."""
     waiting = iter(requests)
-    in_flight: deque[tuple[list[_Block], Future[T]]] = deque()
+    in_flight: deque[tuple[list[Block[_Piece]], Future[T]]] = deque()
     try:
         while True:
             for request in islice(waiting, IN_FLIGHT - len(in_flight)):
@@ -467,7 +390,7 @@ def _in_order(
                 future.exception()
 
 
-def _describe(row: TensorRow, blocks: Sequence[_Block]) -> str:
+def _describe(row: TensorRow, blocks: Sequence[Block[_Piece]]) -> str:
     total = hashtree.num_blocks(row.num_bytes)
     at = f"bytes {blocks[0].start}-{blocks[0].stop}"
     if len(blocks) == 1:

@@ -355,7 +355,7 @@ VALUE, ALIAS = ValueRow("v", 1, 5, digest("v")), AliasRow("a", 2, "w")
 @pytest.mark.parametrize(
     ("parts", "problem"),
     [
-        ([IndexEntry("c", "all", (row(range=(0, 2)),))], "the pieces of 'w' do not make up the whole tensor"),
+        ([IndexEntry("c", "all", (row(range=(0, 2)),))], "'w': the stored pieces do not make up the whole tensor"),
         ([IndexEntry("c", "all", (row(range=(1, 4)),))], "do not make up"),
         ([IndexEntry("c", "all", (row(range=(0, 2)), row(range=(3, 4))))], "do not make up"),
         ([IndexEntry("c", "all", (row(range=(0, 3)), row(range=(2, 4))))], "do not make up"),
@@ -364,13 +364,13 @@ VALUE, ALIAS = ValueRow("v", 1, 5, digest("v")), AliasRow("a", 2, "w")
         ([IndexEntry("c", "all", (row(range=(0, 2)), row(shape=(5,), range=(2, 4))))], "do not make up"),
         ([IndexEntry("c", "all", (row(range=(0, 2)), row(range=(2, 4))._replace(dtype="int32")))], "do not make up"),
         ([IndexEntry("c", "all", (row(shape=(2, 4), box=((0, 1), (0, 4))),))], "do not make up"),
-        ([IndexEntry("c", "all", (row(name="v"),), (VALUE,))], "hold an item twice"),
-        ([IndexEntry("c", "all", (), (VALUE,)), IndexEntry("c", "all", (), (VALUE,))], "hold an item twice"),
-        ([IndexEntry("c", "all", (row(),), (), (ALIAS, ALIAS))], "hold an item twice"),
-        ([IndexEntry("c", "all", (row(name="a"), row()), (), (ALIAS,))], "hold an item twice"),
-        ([IndexEntry("c", "all", (), (), (ALIAS,))], "'a' stands for 'w', which is not there"),
-        ([IndexEntry("c", "all", (), (VALUE,), (AliasRow("a", 1, "v"),))], "'a' stands for 'v', which is not there"),
-        ([IndexEntry("c", "all", (row(),), (), (ALIAS, AliasRow("b", 3, "a")))], "'b' stands for 'a', which is not there"),
+        ([IndexEntry("c", "all", (row(name="v"),), (VALUE,))], "is stored twice"),
+        ([IndexEntry("c", "all", (), (VALUE,)), IndexEntry("c", "all", (), (VALUE,))], "is stored twice"),
+        ([IndexEntry("c", "all", (row(),), (), (ALIAS, ALIAS))], "is stored twice"),
+        ([IndexEntry("c", "all", (row(name="a"), row()), (), (ALIAS,))], "is stored twice"),
+        ([IndexEntry("c", "all", (), (), (ALIAS,))], "'a': stands for 'w', which is not stored"),
+        ([IndexEntry("c", "all", (), (VALUE,), (AliasRow("a", 1, "v"),))], "'a': stands for 'v', which is not stored"),
+        ([IndexEntry("c", "all", (row(),), (), (ALIAS, AliasRow("b", 3, "a")))], "'b': stands for 'a', which is not stored"),
     ],
 )  # fmt: skip
 def test_what_does_not_make_up_whole_items_is_refused(parts, problem):

@@ -222,31 +222,30 @@ def test_a_stopped_rank_is_named_at_the_deadline_and_all_go_on_together_afterwar
         assert error[1].startswith(f"working failed: no answer from rank {culprit} within 1 s (timeout_seconds)")
 
 
-def test_rank_0_stopped_while_it_decides():
-    """The others cannot know whether its decision took effect; they give up in bounded time and go on."""
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_rank_0_stopped_or_killed_while_it_decides(is_killed: bool):
+    """Nobody can know then whether its decision took effect: all give up in bounded time, and rank 0 with them."""
 
-    def case(rank: int, world_size: int) -> tuple[Any, list[int]]:
+    def case(rank: int, world_size: int) -> tuple[Refusal, list[int] | None]:
         comm = join(timeout_seconds=1)
         comm.begin_operation()
         pids = comm.agree("telling pids", os.getpid, lambda results: results)
 
         def decide(_: list[Any]) -> str:
-            os.kill(os.getpid(), signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGKILL if is_killed else signal.SIGSTOP)
             return "late"
 
-        if rank == 0:
-            result: Any = comm.agree("deciding", lambda: None, decide)
-        else:
-            result = refusal(lambda: comm.agree("deciding", lambda: None, decide))
-            os.kill(pids[0], signal.SIGCONT)
-        return result, works(comm)
+        error = refusal(lambda: comm.agree("deciding", lambda: None, decide))
+        if not is_killed and rank != 0:
+            os.kill(pids[0], signal.SIGCONT)  # at once: another rank may not have given up yet
+        return error, None if is_killed else works(comm)
 
-    first, *others = values(run_ranks(3, case))
-    assert first == ("late", [0, 1, 2])
-    assert the_same(others) == (
-        ("RankTimeout", "deciding failed: no verdict from rank 0 within the deadline"),
-        [0, 1, 2],
-    )
+    (kind, message), after = the_same(values(run_ranks(3, case, expect_dead=[0] if is_killed else [])))
+    assert kind == "RankTimeout"
+    if is_killed:
+        assert message.startswith("deciding failed: rank 0 (pid ")
+    else:
+        assert (message, after) == ("deciding failed: no verdict from rank 0 within the deadline", [0, 1, 2])
 
 
 def test_progress_extends_the_deadline_of_everybody_who_waits():

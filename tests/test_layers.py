@@ -20,7 +20,7 @@ LAYERS = [
     ("values", "container", "manifest"),
     ("names", "index"),
     # decisions: pure
-    ("plan", "replication", "resume"),
+    ("plan", "replication", "resume", "pieces"),
     ("portions",),
     ("inventory",),
     # the file system

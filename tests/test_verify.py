@@ -22,7 +22,7 @@ from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.index import AliasRow, Index, IndexEntry, TensorRow, ValueRow
 from forgather_ckpt.manifest import CheckpointManifest, FileRecord
 from forgather_ckpt.patterns import SharingPattern
-from forgather_ckpt.verify import Problem, _make_up_whole, _Piece, _requests, verify
+from forgather_ckpt.verify import Problem, verify
 from tests.components import Box
 from tests.ranks import run_ranks, values
 
@@ -268,17 +268,6 @@ def test_progress_ends_at_all_bytes(shared: Path) -> None:
     assert told[-1] == (found.num_bytes, found.num_bytes)
 
 
-def test_no_request_is_larger_than_a_block() -> None:
-    offset, pieces = 4096, []
-    for size in (0, 100, BLOCK_BYTES - 100, 1, 3 * BLOCK_BYTES + 5, 10, BLOCK_BYTES, 0):
-        blocks = (b"",) * hashtree.num_blocks(size)
-        pieces.append(_Piece("model", TensorRow("w", 1, "uint8", (size,), "f", offset, b"", blocks=blocks)))
-        offset += size
-    requests = list(_requests(pieces))
-    assert all(request[-1].stop - request[0].start <= BLOCK_BYTES for request in requests)
-    assert sum(block.stop - block.start for request in requests for block in request) == offset - 4096
-
-
 # ---- what a faulty writer could have written: all digests are right, the content is not
 
 
@@ -364,31 +353,6 @@ def test_a_header_that_disagrees_with_the_index_is_found(small: Path, copy: Call
     (path / paths.MANIFEST).write_bytes(changed.to_bytes())
     [found] = problems(path)
     assert found.detail == "its header and the index disagree about 'weight'"
-
-
-def row(*, box: Any = None, range: Any = None, shape: tuple[int, ...] = (4, 6)) -> TensorRow:
-    return TensorRow("w", 1, "int16", shape, "f", 0, b"", box=box, range=range)
-
-
-@pytest.mark.parametrize(
-    ("rows", "is_whole"),
-    [
-        ([row()], True),
-        ([row(), row()], False),
-        ([row(range=(10, 24)), row(range=(0, 10))], True),
-        ([row(range=(0, 10)), row(range=(9, 24))], False),
-        ([row(range=(0, 10)), row(range=(10, 23))], False),
-        ([row(box=((0, 4), (0, 3))), row(box=((0, 4), (3, 6)))], True),
-        ([row(box=((0, 4), (0, 3))), row(box=((0, 4), (3, 6)), range=(0, 12))], True),
-        ([row(box=((0, 4), (0, 3))), row(box=((0, 4), (3, 6)), range=(0, 11))], False),
-        ([row(box=((0, 4), (0, 3)))], False),
-        ([row(range=(0, 12)), row(shape=(24,), range=(12, 24))], False),
-        ([row(shape=(0, 6))], True),
-        ([row(shape=())], True),
-    ],
-)
-def test_pieces_make_up_a_whole_or_do_not(rows: list[TensorRow], is_whole: bool) -> None:
-    assert _make_up_whole(rows) is is_whole
 
 
 def test_nothing_escapes_from_a_check_of_nonsense(small: Path, copy: Callable[[Path], Path]) -> None:

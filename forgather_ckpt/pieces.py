@@ -1,0 +1,94 @@
+"""Stored pieces: which of them are read together, and whether they make up whole items. Pure."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from forgather_ckpt import hashtree
+from forgather_ckpt.dtypes import ITEM_BYTES
+from forgather_ckpt.hashtree import BLOCK_BYTES
+from forgather_ckpt.index import IndexEntry, TensorRow
+
+
+class HasRow(Protocol):
+    """A stored piece and whatever its reader knows besides."""
+
+    @property
+    def row(self) -> TensorRow: ...
+
+
+P = TypeVar("P", bound=HasRow)
+
+
+@dataclass(frozen=True)
+class Block(Generic[P]):
+    """One block of a piece: its number, and its bytes counted from the start of the file."""
+
+    piece: P
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def digest(self) -> bytes:
+        row = self.piece.row
+        return row.blocks[self.number] if row.blocks else row.digest
+
+
+def requests(pieces: Iterable[P]) -> Iterator[list[Block[P]]]:
+    """All blocks of pieces of one file, given in file order: neighbours that together are no larger than a block are
+    one request."""
+    request: list[Block[P]] = []
+    for piece in pieces:
+        for number, (start, stop) in enumerate(hashtree.block_bounds(piece.row.num_bytes)):
+            block = Block(piece, number, piece.row.offset + start, piece.row.offset + stop)
+            if request and not (request[-1].stop <= block.start and block.stop - request[0].start <= BLOCK_BYTES):
+                yield request
+                request = []
+            request.append(block)
+    if request:
+        yield request
+
+
+def item_problems(parts: Sequence[IndexEntry]) -> Iterator[tuple[str, str]]:
+    """Whether what the writers stored of one entry makes up whole items, each name one of them: `(item, problem)`."""
+    tensors: dict[str, list[TensorRow]] = defaultdict(list)
+    for part in parts:
+        for row in part.tensors:
+            tensors[row.name].append(row)
+    seen = set(tensors)
+    for name, rows in tensors.items():
+        if not _make_up_whole(rows):
+            yield name, "the stored pieces do not make up the whole tensor"
+    for part in parts:
+        for name in [*(row.name for row in part.values), *(row.name for row in part.aliases)]:
+            if name in seen:
+                yield name, "is stored twice"
+            seen.add(name)
+        for alias in part.aliases:
+            if alias.target not in tensors:
+                yield alias.name, f"stands for {alias.target!r}, which is not stored"
+
+
+def _make_up_whole(rows: Sequence[TensorRow]) -> bool:
+    first = rows[0]
+    if len(rows) == 1 and first.is_whole:
+        return True
+    if any((row.dtype, row.shape) != (first.dtype, first.shape) for row in rows):
+        return False
+    num_elements = 0
+    for box in {row.box for row in rows}:
+        position = 0
+        inside = sorted((row for row in rows if row.box == box), key=lambda row: row.bounds)
+        for row in inside:
+            start, stop = row.bounds
+            if start != position:
+                return False
+            position = stop
+        in_box = math.prod(inside[0].box_shape)
+        if position != in_box * ITEM_BYTES[first.dtype]:
+            return False
+        num_elements += in_box
+    return num_elements == math.prod(first.shape)
