@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from forgather_ckpt.component import StateComponent, Target
     from forgather_ckpt.coordinator import CheckpointCoordinator
-    from forgather_ckpt.errors import CheckpointError
+    from forgather_ckpt.errors import CheckpointError, CheckpointNotFound
     from forgather_ckpt.load import LoadReport
     from forgather_ckpt.manifest import CheckpointManifest
     from forgather_ckpt.optimizer import NamedOptimizer
@@ -21,6 +21,7 @@ _MODULES = {
     "CheckpointCoordinator": "coordinator",
     "CheckpointError": "errors",
     "CheckpointManifest": "manifest",
+    "CheckpointNotFound": "errors",
     "LoadReport": "load",
     "NamedOptimizer": "optimizer",
     "RNGState": "rng",
@@ -35,6 +36,7 @@ __all__ = [
     "CheckpointCoordinator",
     "CheckpointError",
     "CheckpointManifest",
+    "CheckpointNotFound",
     "LoadReport",
     "NamedOptimizer",
     "RNGState",
