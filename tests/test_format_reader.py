@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 
 from forgather_ckpt import CheckpointCoordinator, SharingPattern, StateComponent, container, dtypes, index
@@ -133,6 +134,46 @@ def test_a_checkpoint_of_one_process(tmp_path, monkeypatch, max_items):
     assert_reads(path, {(key, "all"): state for key, state in STATES.items()})
     num_files = len(list(path.glob("*.safetensors")))
     assert num_files == 2 if max_items > 100 else num_files > 5
+
+
+def tree_digest(path: Path) -> str:
+    """The digest of a file as the format describes it, from its bytes alone."""
+    data = path.read_bytes()
+    if path.suffix == ".json":
+        return xxhash.xxh3_128_hexdigest(data)
+    header = data[: 8 + int.from_bytes(data[:8], "little")]
+    digests = [xxhash.xxh3_128_hexdigest(header)]
+    for key, tensor in json.loads(header[8:]).items():
+        if key != "__metadata__":
+            piece = data[len(header) :][slice(*tensor["data_offsets"])]
+            blocks = [xxhash.xxh3_128_hexdigest(piece[at : at + 4 * MIB]) for at in range(0, len(piece) or 1, 4 * MIB)]
+            digests.append(blocks[0] if len(blocks) == 1 else xxhash.xxh3_128_hexdigest(bytes.fromhex("".join(blocks))))
+    return xxhash.xxh3_128_hexdigest(bytes.fromhex("".join(digests)))
+
+
+def test_b22_what_the_manifest_says_was_measured(tmp_path):
+    failing = Box({})
+    failing.fail_save = RuntimeError("not now")
+    components = [StateComponent(key, Box(state), SharingPattern.GLOBAL) for key, state in STATES.items()]
+    components.append(StateComponent("callbacks", failing, SharingPattern.PER_RANK, required=False))
+    with CheckpointCoordinator(components, tmp_path) as coordinator:
+        path = coordinator.save_checkpoint(1)
+    manifest = json.loads((path / "checkpoint_manifest.json").read_text())
+    assert {file.name for file in path.iterdir()} == {*manifest["files"], "checkpoint_manifest.json"}
+    for name, record in manifest["files"].items():
+        assert (record["size"], record["digest"]) == ((path / name).stat().st_size, tree_digest(path / name))
+        assert record["writer"] == 0
+    assert manifest["components"].keys() == STATES.keys(), "what failed is not among what is there"
+    assert "RuntimeError: not now" in manifest["omitted"]["callbacks"]
+    for key, state in STATES.items():
+        taken = capture(state)
+        [entry] = manifest["components"][key]["entries"].values()
+        assert (entry["items"], entry["bytes"], entry["ranks"], entry["writers"]) == (
+            taken.num_items,
+            taken.num_bytes,
+            [0],
+            [0],
+        )
 
 
 def test_one_writer_s_model_is_a_file_that_any_tool_opens(tmp_path):

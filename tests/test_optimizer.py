@@ -197,6 +197,19 @@ def test_parameters_without_gradients_have_no_state(tmp_path):
     assert model[0].weight not in optimizer.state
 
 
+def test_items_of_a_state_may_be_none(tmp_path):
+    """As `momentum_buffer` of an SGD that has not needed one yet, in some versions of torch."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {"momentum_buffer": None}
+    save(tmp_path, model, optimizer)
+    restored = torch.optim.SGD(model.parameters(), lr=0.2)
+    for live in (restored, optimizer):
+        load(tmp_path, model, live)
+        assert [dict(state) for state in live.state.values()] == [{"momentum_buffer": None}] * 4
+
+
 def test_no_step_is_run_to_make_state(tmp_path, monkeypatch):
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
