@@ -11,13 +11,15 @@ rank test can stand between a rank and an exchange that its peers will enter.
 import json
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from forgather_ckpt.errors import CheckpointError, RankFailed, RankTimeout, from_wire
 from forgather_ckpt.liveness import ProcessId
 from forgather_ckpt.replication import describe
+
+T = TypeVar("T")
 
 GRACE_SECONDS = 2.0
 """How much longer than rank 0 the others wait, so that rank 0, which knows who is missing, speaks first."""
@@ -86,6 +88,12 @@ class Comm:
         if "error" in verdict:
             raise from_wire(verdict["error"]) from cause
         return verdict["ok"]
+
+    def together(self, phase: str, work: Callable[[], T]) -> T:
+        """Run `work` on every rank, and return this rank's own result, which may be anything, when all have succeeded."""
+        results: list[T] = []
+        self.agree(phase, lambda: results.append(work()))
+        return results[0]
 
     def beat(self) -> None:
         """Tell the others that this rank makes progress: their deadline starts anew. Cheap, call it often.

@@ -1,5 +1,6 @@
 """`CheckpointCoordinator`: saves and loads what a trainer declares, on all ranks together."""
 
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,6 +99,8 @@ class CheckpointCoordinator:
         def prepare() -> None:
             if isinstance(step, bool) or not isinstance(step, int) or step < 0:
                 raise DeclarationError(f"step is {step!r}; use a number of steps, from 0")
+            if epoch is not None and not math.isfinite(epoch):
+                raise DeclarationError(f"epoch is {epoch!r}; use a finite number, or None")
             if kind not in manifest.KINDS:
                 raise DeclarationError(f"kind is {kind!r}; use one of {', '.join(manifest.KINDS)}")
             if self._torn:

@@ -25,7 +25,7 @@ from forgather_ckpt.errors import (
     UnsupportedVersion,
 )
 from forgather_ckpt.job import Job
-from forgather_ckpt.prepare import Prepared, Request, give, prepare
+from forgather_ckpt.prepare import Live, Request, give, prepare
 from forgather_ckpt.settle import capture_live
 from forgather_ckpt.structure import State
 
@@ -84,13 +84,12 @@ def load(job: Job, request: Request) -> LoadReport:
     }
     components = declare(comm, job.topology, job.source, wanted)
     candidates = comm.agree("choosing a checkpoint", lambda: None, lambda _: _choose(job.run, request.which))
-    live: dict[str, State] = {}
-    comm.agree("taking the live state", lambda: live.update(capture_live(components)))
+    live = _take_live(comm, components, request)
     passed_over: list[tuple[Path, str]] = []
     torn: Torn | None = None
     for path, digest in candidates:
         try:
-            report = _load_one(job, request, components, live, Path(path), digest)
+            report = _load_one(job, request, live, Path(path), digest)
         except _DAMAGE as err:
             failure: CheckpointError = err
         except Torn as err:
@@ -157,19 +156,26 @@ def _choose(run: Path, which: str | int | Path | None) -> list[list[str]]:
     return [[str(one.path.resolve()), by_path[one.path].manifest.digest] for one in chosen]
 
 
-def _load_one(
-    job: Job,
-    request: Request,
-    components: Sequence[StateComponent],
-    live: Mapping[str, State],
-    path: Path,
-    digest: str,
-) -> LoadReport:
+def _take_live(comm: Comm, components: Sequence[StateComponent], request: Request) -> Live:
+    """The live state of the components that are to be loaded. An optional one that fails on some rank is left out on
+    all."""
+    wanted = [one for one in components if request.components is None or one.key in request.components]
+    states: dict[str, State] = {}
+
+    def take() -> dict[str, str]:
+        taken, problems = capture_live(wanted)
+        states.update(taken)
+        return problems
+
+    def merge(reports: list[dict[str, str]]) -> dict[str, str]:
+        return {key: problem for problems in reports for key, problem in problems.items()}
+
+    return Live(components, states, comm.agree("taking the live state", take, merge))
+
+
+def _load_one(job: Job, request: Request, live: Live, path: Path, digest: str) -> LoadReport:
     comm = job.comm
-    prepared: list[Prepared] = []
-    skipped: dict[str, str] = {}
-    comm.agree("preparing the load", lambda: prepare(job, request, components, live, path, digest, prepared, skipped))
-    [only] = prepared
+    only = comm.together("preparing the load", lambda: prepare(job, request, live, path, digest))
 
     def read() -> None:
         wanted = [want for recipe in only.recipes for assembly in recipe.assemblies for want in assembly.wanted]
@@ -183,7 +189,7 @@ def _load_one(
         comm.agree("loading the checkpoint", lambda: give(only.recipes, job))
     except BaseException as err:
         raise Torn(err, [recipe.component.key for recipe in only.recipes], only.chosen) from err
-    for key, reason in skipped.items():
+    for key, reason in only.skipped.items():
         logger.warning("component %r was not loaded: %s", key, reason)
     manifest = only.manifest
     return LoadReport(
@@ -192,8 +198,8 @@ def _load_one(
         sequence=manifest.sequence,
         epoch=manifest.epoch,
         digest=manifest.digest,
-        loaded=tuple(component.key for component in components if component.key in only.found),
-        skipped=skipped,
+        loaded=tuple(key for key in only.chosen if key not in only.skipped),
+        skipped=only.skipped,
         metrics=manifest.metrics,
     )
 

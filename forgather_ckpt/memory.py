@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,8 @@ import torch
 from forgather_ckpt import hashtree
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.structure import AliasItem, TensorItem, ValueItem
+
+_buffers = threading.local()
 
 _SPAN_BYTES = 8 * BLOCK_BYTES
 """What one task of a thread hashes: a run of small tensors, or a part of a large one."""
@@ -26,16 +29,28 @@ def host_view(flat: torch.Tensor) -> memoryview:
     return flat.numpy().data
 
 
-def host_views(parts: Sequence[torch.Tensor]) -> list[memoryview]:
-    """The memory of 1-D uint8 tensors of one device, in host memory; from an accelerator they come in one copy."""
-    if all(part.device.type == "cpu" for part in parts):
-        return [host_view(part) for part in parts]
-    joined = torch.cat([part.to(parts[0].device) for part in parts]) if len(parts) > 1 else parts[0]
-    host = torch.empty(joined.shape, dtype=torch.uint8, pin_memory=True)
-    host.copy_(joined)
-    view = host_view(host)
+def bounce_buffer(*, pinned: bool) -> torch.Tensor:
+    """This thread's host buffer of one block. Fresh memory for every request would cost more than reading into it."""
+    key = "pinned" if pinned else "plain"
+    if not hasattr(_buffers, key):
+        setattr(_buffers, key, torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=pinned))
+    buffer: torch.Tensor = getattr(_buffers, key)
+    return buffer
+
+
+def gathered(parts: Sequence[torch.Tensor]) -> tuple[memoryview, list[memoryview]]:
+    """A copy of 1-D uint8 tensors of one device, of a block together at most, one after the other in host memory; and
+    each part of it. What is live may change from now on. Valid until this thread asks again."""
     ends = list(itertools.accumulate(part.numel() for part in parts))
-    return [view[end - part.numel() : end] for part, end in zip(parts, ends, strict=True)]
+    is_host = all(part.device.type == "cpu" for part in parts)
+    buffer = bounce_buffer(pinned=not is_host)
+    if is_host:
+        for part, end in zip(parts, ends, strict=True):
+            buffer[end - part.numel() : end].copy_(part)
+    else:  # one copy from the device, not one for each
+        buffer[: ends[-1]].copy_(torch.cat([part for part in parts if part.numel()]))
+    copy = host_view(buffer)[: ends[-1]]
+    return copy, [copy[end - part.numel() : end] for part, end in zip(parts, ends, strict=True)]
 
 
 def wait_for_devices(tensors: Iterable[torch.Tensor]) -> None:

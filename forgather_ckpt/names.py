@@ -27,6 +27,9 @@ class TupleIndex:
     index: int
 
 
+_INT_LIMIT = 10**4000
+"""Python refuses to print integers of more than 4,300 digits."""
+
 Path: TypeAlias = tuple[Any, ...]
 """Steps from the root of a state dict to a leaf: dict keys as they are, `ListIndex`, `TupleIndex`. Never empty."""
 
@@ -45,6 +48,8 @@ def encode_step(step: Any) -> str:
         except UnicodeEncodeError:
             return "~k" + _escape(values.dumps(step).decode("ascii"))
     if kind is int:
+        if abs(step) >= _INT_LIMIT:
+            raise values.NotPlain("an int key has at most 4,000 digits")
         return f"~i{step}"
     if kind is ListIndex:
         return f"~l{step.index}"

@@ -216,4 +216,6 @@ def _show(what: Sequence[Any] | None) -> str:
     if what is None:
         return "absent"
     _, kind, *details = what
+    if kind == "alias":
+        return f"the same tensor as {details[0]!r}"
     return f"a {kind} {' '.join(str(detail) for detail in details)}".rstrip()

@@ -40,6 +40,16 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Live:
+    """What a load fills: the job's components, and their state on this rank as it is now."""
+
+    components: Sequence[StateComponent]
+    states: Mapping[str, State]
+    unusable: Mapping[str, str]
+    """Optional components whose state could not be taken on some rank, and why; the same on all ranks."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How one component is loaded on this rank."""
 
@@ -78,49 +88,41 @@ class Prepared:
     recipes: Sequence[Recipe]
     chosen: Sequence[str]
     """Components that the job and the checkpoint have, the same on all ranks."""
-    found: frozenset[str]
-    """Components of the checkpoint that are loaded, on whichever ranks hold them."""
+    skipped: Mapping[str, str]
+    """Components of either that are not loaded, and why."""
 
 
-def prepare(
-    job: Job,
-    request: Request,
-    components: Sequence[StateComponent],
-    live: Mapping[str, State],
-    path: Path,
-    digest: str,
-    prepared: list[Prepared],
-    skipped: dict[str, str],
-) -> None:
-    """Read and check all but the tensors' bytes; touches nothing live."""
+def prepare(job: Job, request: Request, live: Live, path: Path, digest: str) -> Prepared:
+    """Read and check all but the tensors' bytes; touches nothing live. `digest` is that of rank 0's manifest."""
     manifest = CheckpointManifest.load(path)
     if manifest.digest != digest:
         raise StorageError(f"the manifest at {path} is not the one that rank 0 read; is the directory shared?")
-    chosen = _match(components, manifest, request, skipped)
+    skipped: dict[str, str] = {}
+    chosen = _match(live, manifest, request, skipped)
     library = _Library(path, manifest)
     recipes = []
     for component in chosen:
         job.comm.beat()
         if component.stateful is not None:
-            recipe = _recipe(job, component, live[component.key], library, skipped, staged=request.staged)
+            state = live.states[component.key]
+            recipe = _recipe(job, component, state, library, skipped, staged=request.staged)
             if recipe is not None:
                 recipes.append(recipe)
-    found = frozenset(component.key for component in chosen if component.key not in skipped)
-    prepared.append(Prepared(manifest, recipes, [component.key for component in chosen], found))
+    return Prepared(manifest, recipes, [component.key for component in chosen], skipped)
 
 
-def _match(
-    components: Sequence[StateComponent], manifest: CheckpointManifest, request: Request, skipped: dict[str, str]
-) -> list[StateComponent]:
+def _match(live: Live, manifest: CheckpointManifest, request: Request, skipped: dict[str, str]) -> list[StateComponent]:
     """The job's components that the checkpoint has; `LoadMismatch` where the two do not fit."""
-    declared = {component.key: component for component in components}
+    declared = {component.key: component for component in live.components}
     if request.components is not None:
         if unknown := sorted(set(request.components) - set(declared)):
             raise LoadMismatch(f"components={unknown} are not declared by the job; declared: {sorted(declared)}")
         declared = {key: component for key, component in declared.items() if key in request.components}
     chosen = []
     for key, component in declared.items():
-        if key in manifest.components:
+        if key in live.unusable:
+            skipped[key] = live.unusable[key]
+        elif key in manifest.components:
             check_pattern(component, manifest.components[key])
             chosen.append(component)
         elif component.required:
@@ -261,7 +263,9 @@ def give(recipes: Sequence[Recipe], job: Job) -> None:
 
 def _check_restored(recipes: Sequence[Recipe]) -> None:
     """Take the structure again: a tensor that came back with another dtype or shape was changed by its stateful."""
-    states = capture_live([recipe.component for recipe in recipes])
+    states, problems = capture_live([recipe.component for recipe in recipes])
+    for problem in problems.values():
+        raise LoadMismatch(f"{problem}, after it was loaded")
     for recipe in recipes:
         live = states[recipe.component.key]
         if recipe.is_resized:

@@ -1,6 +1,5 @@
 """Verified reading: every block is hashed and compared before any of its bytes go where they are wanted."""
 
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,8 +17,6 @@ from forgather_ckpt.index import TensorRow
 from forgather_ckpt.pieces import Block, requests
 
 IN_FLIGHT = 16
-
-_buffers = threading.local()
 
 
 class Wanted(NamedTuple):
@@ -59,18 +56,9 @@ def read(directory: Path, wanted: Sequence[Wanted], *, on_progress: Callable[[],
             on_progress()
 
 
-def _bounce_buffer(*, pinned: bool) -> torch.Tensor:
-    """This thread's buffer of one block: fresh memory for every request would cost more than the reading."""
-    key = "pinned" if pinned else "plain"
-    if not hasattr(_buffers, key):
-        setattr(_buffers, key, torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=pinned))
-    buffer: torch.Tensor = getattr(_buffers, key)
-    return buffer
-
-
 def _read_run(descriptor: int, run: Sequence[Block[Wanted]]) -> None:
     start = run[0].start
-    buffer = _bounce_buffer(pinned=any(block.piece.destination.device.type != "cpu" for block in run))
+    buffer = memory.bounce_buffer(pinned=any(block.piece.destination.device.type != "cpu" for block in run))
     view = memory.host_view(buffer)[: run[-1].stop - start]
     count = files.read_at(descriptor, view, start)
     for block in run:

@@ -90,13 +90,25 @@ def capture_all(
     return reports
 
 
-def capture_live(components: Sequence[StateComponent]) -> dict[str, State]:
-    """The live state of every component that this rank holds, by key; the first failure is raised at the end."""
-    taken = {component.key: _take(component, is_wanted=True) for component in components}
-    for state in taken.values():
-        if isinstance(state, CheckpointError):
-            raise state
-    return {key: state for key, state in taken.items() if isinstance(state, State)}
+def capture_live(components: Sequence[StateComponent]) -> tuple[dict[str, State], dict[str, str]]:
+    """The live states that this rank holds, and of optional components those that could not be taken, by key.
+
+    As in a save, every `state_dict()` is called once; the first failure of a required component is raised at the end.
+    """
+    states: dict[str, State] = {}
+    problems: dict[str, str] = {}
+    failures: list[CheckpointError] = []
+    for component in components:
+        taken = _take(component, is_wanted=True)
+        if isinstance(taken, State):
+            states[component.key] = taken
+        elif taken is not None and component.required:
+            failures.append(taken)
+        elif taken is not None:
+            problems[component.key] = taken.message
+    if failures:
+        raise failures[0]
+    return states, problems
 
 
 def _take(component: StateComponent, *, is_wanted: bool) -> State | CheckpointError | None:

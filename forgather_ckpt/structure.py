@@ -93,7 +93,7 @@ def capture(state_dict: Any) -> State:
     try:
         walk.visit_dict(state_dict, ())
     except RecursionError:
-        raise StructureError("the state dict is nested too deeply, or contains itself") from None
+        raise _too_deep(()) from None
     return State(walk.tensors, walk.values, walk.aliases)
 
 
@@ -113,6 +113,8 @@ class _Walk:
             self._visit(value, (*path, key))
 
     def _visit(self, value: Any, path: Path) -> None:
+        if len(path) > values.MAX_DEPTH:
+            raise _too_deep(path)
         if isinstance(value, torch.Tensor):
             self._add_tensor(value, path)
         elif isinstance(value, dict) and value:
@@ -154,6 +156,11 @@ class _Walk:
             raise StructureError(f"{'/'.join((name, *err.steps))}: {err.reason}") from None
         self._order += 1
         self.values[name] = ValueItem(name, self._order, value, data)
+
+
+def _too_deep(path: Path) -> StructureError:
+    where = f"{describe_path(path[:4])}/…" if path else "the state dict"
+    return StructureError(f"{where}: is nested deeper than {values.MAX_DEPTH} levels, or contains itself")
 
 
 def describe_path(path: Path) -> str:

@@ -32,6 +32,9 @@ from forgather_ckpt.errors import FormatError
 MAX_VALUE_BYTES = 64 << 20
 """The longest typed JSON of one item. Larger data belongs into tensors."""
 
+MAX_DEPTH = 100
+"""A fixed limit, far below the interpreter's, which depends on how deep the caller stands: what is saved must load."""
+
 _DEFAULT_NAN = "7ff8000000000000"
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
@@ -48,12 +51,22 @@ class NotPlain(ValueError):
 def dumps(value: Any) -> bytes:
     """Typed JSON of `value`, the same bytes for equal values of equal types; `NotPlain` if it is not plain data."""
     try:
-        data = strict_json.dumps(encode(value))
+        encoded = encode(value)
+        if _is_deeper(encoded, 2 * MAX_DEPTH):  # a tuple takes two levels of JSON
+            raise RecursionError
+        data = strict_json.dumps(encoded)
     except RecursionError:
-        raise NotPlain("is nested too deeply, or contains itself") from None
+        raise NotPlain(f"is nested deeper than {MAX_DEPTH} levels, or contains itself") from None
     if len(data) > MAX_VALUE_BYTES:
         raise NotPlain(f"takes {len(data)} bytes as a value, at most {MAX_VALUE_BYTES} are stored; make it a tensor")
     return data
+
+
+def _is_deeper(encoded: Any, depth: int) -> bool:
+    if not isinstance(encoded, (list, dict)):
+        return False
+    items = encoded if isinstance(encoded, list) else encoded.values()
+    return depth == 0 or any(_is_deeper(item, depth - 1) for item in items)
 
 
 def loads(data: bytes) -> Any:

@@ -103,7 +103,7 @@ def write(
                 rows[placed.assignment].append(row)
         entries = [_index_entry(assignment, tensors) for assignment, tensors in zip(assignments, rows, strict=True)]
         indexes: dict[str, list[tuple[str, str]]] = {}
-        for part, content in enumerate(index.split(writer, entries)):
+        for part, content in enumerate(index.split(writer, entries) if entries else ()):
             name, data = paths.index(writer, part), content.to_bytes()
             files.write_new(directory / name, data)
             written[name] = (len(data), hashtree.digest(data).hex())
@@ -237,12 +237,14 @@ def _write_pieces(
 
 
 def _write_parts(descriptor: int, parts: Sequence[torch.Tensor], offset: int) -> list[bytes]:
-    """Hash and write neighbouring parts (of at most one block each), on a thread of the pool."""
-    views = memory.host_views(parts)
+    """Hash and write neighbouring parts (a block together at most), on a thread of the pool.
+
+    From a copy, so that what is stored has the digest that is recorded, whatever another thread does to the state.
+    """
+    copy, views = memory.gathered(parts)
     digests = [hashtree.digest(view) for view in views]
-    data = views[0] if len(views) == 1 else b"".join(views)
-    files.write_at(descriptor, data, offset)
-    files.start_writeback(descriptor, offset, len(data))
+    files.write_at(descriptor, copy, offset)
+    files.start_writeback(descriptor, offset, len(copy))
     return digests
 
 

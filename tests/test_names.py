@@ -106,3 +106,8 @@ def test_any_text_is_one_canonical_name_or_refused(name):
     except FormatError:
         assume(False)
     assert names.encode_path(path) == name
+
+
+def test_b36_an_int_key_that_python_would_not_print_is_refused_with_its_path():
+    with pytest.raises(values.NotPlain, match="at most 4,000 digits"):
+        names.encode_path(("a", 10**5000))

@@ -216,7 +216,7 @@ def test_b36_what_would_not_come_back_is_refused_with_its_path(make, problem):
 def test_b36_what_contains_itself_is_refused():
     endless: dict[str, object] = {}
     endless["x"] = {"y": [endless]}
-    with pytest.raises(StructureError, match="nested too deeply, or contains itself"):
+    with pytest.raises(StructureError, match="nested deeper than 100 levels, or contains itself"):
         capture(endless)
 
 
