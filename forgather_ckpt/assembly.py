@@ -15,6 +15,7 @@ from forgather_ckpt import structure, values
 from forgather_ckpt.component import Available, Target
 from forgather_ckpt.errors import FormatError, LoadMismatch
 from forgather_ckpt.index import AliasRow, IndexEntry, TensorRow, ValueRow
+from forgather_ckpt.memory import flat_bytes
 from forgather_ckpt.pieces import item_problems
 from forgather_ckpt.reading import Wanted
 from forgather_ckpt.structure import State
@@ -145,7 +146,7 @@ def _place(
 
 
 def _want(assembly: Assembly, component: str, rows: Sequence[TensorRow], tensor: torch.Tensor) -> None:
-    flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    flat = flat_bytes(tensor)  # contiguous, so it is the tensor's own memory
     for row in rows:
         start, stop = row.bounds
         assembly.wanted.append(Wanted(component, row, flat[start:stop]))

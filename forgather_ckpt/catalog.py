@@ -73,28 +73,45 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def scan(run: Path) -> Catalog:
-    """Look through a run directory; one that does not exist yet holds nothing."""
+    """Look through a run directory; one that does not exist yet holds nothing.
+
+    A link to a checkpoint elsewhere counts, one to a checkpoint beside it does not. What has our indexes and no
+    manifest is told, so that a checkpoint that lost it is not taken for none.
+    """
     checkpoints, rejected, unfinished = [], [], []
     try:
-        entries = sorted(os.scandir(run), key=lambda entry: entry.name)
+        entries = sorted(os.scandir(run), key=lambda entry: (entry.is_symlink(), entry.name))
     except FileNotFoundError:
         entries = []
+    seen = set()
     for entry in entries:
-        if not entry.is_dir(follow_symlinks=False):
-            continue
         path = run / entry.name
+        if not entry.is_dir():
+            continue
         if paths.is_temporary(entry.name):
             unfinished.append(path)
             continue
+        status = entry.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
         try:
             checkpoints.append(read_checkpoint(path))
-        except CheckpointNotFound:
-            continue
+        except CheckpointNotFound as err:
+            if _has_index(path):
+                rejected.append(Rejected(path, FormatError(f"{err.message}, but our indexes", path=str(path))))
         except FormatError as err:
             rejected.append(Rejected(path, err))
     by_path = {checkpoint.path: checkpoint for checkpoint in checkpoints}
     ordered = newest_first([checkpoint.candidate for checkpoint in checkpoints])
     return Catalog(tuple(by_path[found.path] for found in ordered), tuple(rejected), tuple(unfinished))
+
+
+def _has_index(path: Path) -> bool:
+    try:
+        return any(paths.is_index(file.name) for file in path.iterdir())
+    except OSError:
+        return False
 
 
 def read_file(path: Path, size: int) -> bytes:

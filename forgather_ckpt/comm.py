@@ -9,6 +9,7 @@ rank test can stand between a rank and an exchange that its peers will enter.
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ import torch.distributed as dist
 from forgather_ckpt.errors import CheckpointError, RankFailed, RankTimeout, from_wire
 from forgather_ckpt.liveness import ProcessId
 from forgather_ckpt.replication import describe
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -53,15 +56,36 @@ class Comm:
         self._next_beat = 0.0
         self._working_on: str | None = None
 
-    def begin_operation(self) -> None:
+    def begin_operation(self, request: str = "") -> None:
         """Start a save, load or check: every rank starts the same ones in the same order. Fresh keys for each, so
-        that a failed operation leaves the next one untouched."""
+        that a failed operation leaves the next one untouched.
+
+        `request` says what is asked. Where the others have given up on another request than this rank's, this rank
+        never made that call: it takes its place in the next operation, and is not behind for ever.
+        """
         self._operation += 1
+        while self._is_over(self._operation) and self._request_of(self._operation) != request:
+            logger.warning("the other ranks asked for %s without this one", self._request_of(self._operation))
+            self._operation += 1
         self._phase = 0
-        self._posted.append([])
+        self._posted.append([f"{self._operation}/request"])
+        self._store.compare_set(f"{self._operation}/request", "", request)
         while len(self._posted) > _KEPT_OPERATIONS:
             for key in self._posted.pop(0):
                 self._store.delete_key(key)
+
+    def _is_over(self, operation: int) -> bool:
+        """Whether an operation has failed in its first phase, as it does when a rank never comes to it."""
+        verdict, claim = f"{operation}/1/verdict", f"{operation}/1/claim"
+        if self._store.check([verdict]):
+            return "error" in json.loads(self._store.get(verdict))
+        if not self._store.check([claim]):
+            return False
+        return self._store.get(claim) not in (_DECIDING.encode(), _SPOKEN.encode())
+
+    def _request_of(self, operation: int) -> str:
+        key = f"{operation}/request"
+        return self._store.get(key).decode() if self._store.check([key]) else ""
 
     def agree(self, phase: str, work: Callable[[], Any], decide: Callable[[list[Any]], Any] | None = None) -> Any:
         """Run `work` on every rank, let rank 0 `decide` over all results, and return its decision on every rank.

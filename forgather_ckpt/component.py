@@ -116,6 +116,11 @@ class StateComponent:
             )
         if pattern is SharingPattern.GLOBAL and level is not ValidationLevel.NONE:
             raise refuse("with GLOBAL only rank 0's state counts, nothing to compare; declare REPLICATED instead")
+        if self.process_group_name is not None and not isinstance(self.process_group_name, str):
+            raise refuse(
+                f"process_group_name is a {type(self.process_group_name).__name__}; use the group's name, a string, and "
+                "give the group itself to the coordinator: process_groups={name: group}"
+            )
         if pattern is SharingPattern.PER_GROUP and not self.process_group_name:
             raise refuse("PER_GROUP needs process_group_name=, the group whose members hold identical state")
         if pattern is not SharingPattern.PER_GROUP and self.process_group_name is not None:

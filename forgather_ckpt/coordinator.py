@@ -1,13 +1,14 @@
 """`CheckpointCoordinator`: saves and loads what a trainer declares, on all ranks together."""
 
-import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeGuard
 
-from forgather_ckpt import commit, manifest
+from forgather_ckpt import commit, files, manifest, paths
+from forgather_ckpt.component import StateComponent
 from forgather_ckpt.declarations import Source
 from forgather_ckpt.discovery import ProcessGroups, connect
 from forgather_ckpt.errors import DeclarationError
@@ -19,6 +20,10 @@ from forgather_ckpt.save import Request as SaveRequest
 from forgather_ckpt.save import Saved, save
 from forgather_ckpt.topology import Topology
 from forgather_ckpt.validate import ReplicationReport, validate
+
+_DEFAULT_TIMEOUT_SECONDS = 600.0
+_MAX_TIMEOUT_SECONDS = 1e9
+"""More than that overflows the store's clocks."""
 
 
 class CheckpointCoordinator:
@@ -43,7 +48,7 @@ class CheckpointCoordinator:
         output_dir: str | Path,
         *,
         process_groups: ProcessGroups = None,
-        timeout_seconds: float = 600,
+        timeout_seconds: float = _DEFAULT_TIMEOUT_SECONDS,
         shared_filesystem: bool = True,
         on_mismatch: Literal["error", "warn"] = "error",
         training_args: Mapping[str, Any] | None = None,
@@ -55,23 +60,27 @@ class CheckpointCoordinator:
                 )
             if on_mismatch not in ("error", "warn"):
                 raise DeclarationError(f"on_mismatch is {on_mismatch!r}; use 'error' or 'warn'")
-            if not timeout_seconds > 0:
-                raise DeclarationError(f"timeout_seconds is {timeout_seconds!r}; use a positive number")
-            if not (isinstance(source, Sequence) or callable(getattr(source, "get_state_components", None))):
+            if not is_timeout:
                 raise DeclarationError(
-                    f"{type(source).__name__} has no get_state_components(); give an object that has, or a list of "
-                    "StateComponent"
+                    f"timeout_seconds is {timeout_seconds!r}; use a positive number of seconds, up to 1e9"
                 )
+            if not isinstance(output_dir, (str, Path)) or not str(output_dir):
+                raise DeclarationError(f"output_dir is {output_dir!r}; use the path of a run directory")
+            if training_args is not None and not isinstance(training_args, Mapping):
+                raise DeclarationError(f"training_args is a {type(training_args).__name__}; use a dict, or None")
+            _check_source(source)
             if process_groups is None and hasattr(source, "get_process_groups"):
                 found: ProcessGroups = source.get_process_groups()
                 return found
             return process_groups
 
-        comm, topology = connect(prepare, timeout_seconds=timeout_seconds)
+        is_timeout = _is_number(timeout_seconds) and 0 < timeout_seconds <= _MAX_TIMEOUT_SECONDS
+        # a rank with a wrong one must be able to tell the others
+        comm, topology = connect(prepare, timeout_seconds=timeout_seconds if is_timeout else _DEFAULT_TIMEOUT_SECONDS)
         comm.begin_operation()
         run_id = comm.agree("naming the run", lambda: None, lambda _: secrets.token_hex(8))
         # rank 0's directory is everybody's: ranks may have been started in different ones
-        run = comm.agree("choosing the run directory", lambda: None, lambda _: str(Path(output_dir).absolute()))
+        run = comm.agree("choosing the run directory", lambda: None, lambda _: str(_run_directory(output_dir)))
         self._job = Job(comm, topology, source, Path(run), run_id, on_mismatch, dict(training_args or {}))
         self._lease: Lease | None = None
         self._parent: dict[str, Any] | None = None
@@ -99,8 +108,12 @@ class CheckpointCoordinator:
         def prepare() -> None:
             if isinstance(step, bool) or not isinstance(step, int) or step < 0:
                 raise DeclarationError(f"step is {step!r}; use a number of steps, from 0")
-            if epoch is not None and not math.isfinite(epoch):
+            if step >= 2**63:
+                raise DeclarationError(f"step is {step!r}; use a number of steps, below 2**63")
+            if epoch is not None and not _is_number(epoch):
                 raise DeclarationError(f"epoch is {epoch!r}; use a finite number, or None")
+            if metrics is not None and not isinstance(metrics, Mapping):
+                raise DeclarationError(f"metrics is {metrics!r}; use a dict of names and values, or None")
             if kind not in manifest.KINDS:
                 raise DeclarationError(f"kind is {kind!r}; use one of {', '.join(manifest.KINDS)}")
             if self._torn:
@@ -109,7 +122,7 @@ class CheckpointCoordinator:
                 self._lease = Lease(self._job.run)
                 commit.sweep(self._job.run)
 
-        request = SaveRequest(step, epoch, kind, dict(metrics or {}))
+        request = SaveRequest(step, epoch, kind, dict(metrics) if isinstance(metrics, Mapping) else {})
         saved: Saved = save(self._job, request, prepare=prepare, parent=self._parent)
         self._parent = saved.lineage()
         return saved.path
@@ -128,9 +141,15 @@ class CheckpointCoordinator:
         path. `components` loads only those. `strict=False` skips what is optional or unknown, and the report says
         what. `staged=True` reads all into host memory first: a damaged checkpoint then touches nothing.
         """
-        request = LoadRequest(which, None if components is None else tuple(components), strict, staged)
+        job, keys = self._job, None
+        if _is_list_of_keys(components):
+            keys = tuple(components)
+        elif components is not None:
+            problem = f"components is {components!r}; use a list of keys, such as ['model'], or None for all"
+            job = replace(job, source=_Refused(DeclarationError(problem)))
+        request = LoadRequest(which, keys, strict, staged)
         try:
-            report = load(self._job, request)
+            report = load(job, request)
         except Torn as torn:
             self._torn = tuple(dict.fromkeys((*self._torn, *torn.touched)))
             raise torn_error(torn) from torn.error.__cause__
@@ -155,3 +174,51 @@ class CheckpointCoordinator:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Refused:
+    """A source that fails: so that a wrong argument fails on all ranks, in their first agreement."""
+
+    def __init__(self, error: DeclarationError) -> None:
+        self._error = error
+
+    def get_state_components(self) -> Sequence[StateComponent]:
+        raise self._error
+
+
+def _check_source(source: object) -> None:
+    if isinstance(source, (str, bytes)):
+        raise DeclarationError(
+            f"the source is {source!r}; give an object that has get_state_components(), or a list of StateComponent"
+        )
+    if not (isinstance(source, Sequence) or callable(getattr(source, "get_state_components", None))):
+        raise DeclarationError(
+            f"{type(source).__name__} has no get_state_components(); give an object that has, or a list of "
+            "StateComponent"
+        )
+
+
+def _run_directory(output_dir: str | Path) -> Path:
+    """The absolute path of what is, or can become, a run directory."""
+    with files.typed_errors(Path(output_dir), "looking at the run directory"):
+        run = Path(output_dir).absolute()
+        if run.is_file():
+            raise DeclarationError(f"output_dir {str(run)!r} is a file; give a directory, or a path that is free")
+        if (run / paths.MANIFEST).exists():
+            raise DeclarationError(
+                f"output_dir {str(run)!r} is a checkpoint; give the run directory that contains it, {str(run.parent)!r}"
+            )
+    return run
+
+
+def _is_number(value: object) -> bool:
+    """Whether `value` is a finite number that a manifest can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _is_list_of_keys(components: object) -> TypeGuard[Collection[str]]:
+    return (
+        isinstance(components, Collection)
+        and not isinstance(components, (str, bytes, Mapping))
+        and all(isinstance(key, str) for key in components)
+    )

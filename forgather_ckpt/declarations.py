@@ -56,14 +56,18 @@ def agreed(components: Sequence[StateComponent]) -> list[Declared]:
 
 def _components(source: Source, topology: Topology) -> list[StateComponent]:
     components: Iterable[StateComponent]
-    components = source if isinstance(source, Sequence) else source.get_state_components()
+    if isinstance(source, Sequence):
+        components, said = source, "the list holds"
+    else:
+        components, said = source.get_state_components(), "get_state_components() returned"
+        if isinstance(components, (str, bytes, Mapping)) or not isinstance(components, Iterable):
+            raise DeclarationError(f"{said} a {type(components).__name__}; return a list of StateComponent")
     result = list(components)
     seen = set()
     for component in result:
         if not isinstance(component, StateComponent):
-            raise DeclarationError(
-                f"get_state_components() returned a {type(component).__name__}; return a list of StateComponent"
-            )
+            verb = "give" if isinstance(source, Sequence) else "return"
+            raise DeclarationError(f"{said} a {type(component).__name__}; {verb} a list of StateComponent")
         if component.key in seen:
             raise DeclarationError(f"component {component.key!r} is declared twice", component=component.key)
         seen.add(component.key)

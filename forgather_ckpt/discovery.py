@@ -23,7 +23,10 @@ from forgather_ckpt.replication import describe
 from forgather_ckpt.topology import Group, Ranks, Topology
 
 ProcessGroups: TypeAlias = "DeviceMesh | Mapping[str, dist.ProcessGroup | DeviceMesh | None] | None"
-"""`{name: group}`, a named `DeviceMesh`, or both: a mesh may be a value of the mapping, under any key."""
+"""`{name: group}`, a named `DeviceMesh`, or both: a mesh may be a value of the mapping, under any key.
+
+A mesh of one axis, such as the slice `mesh["dp"]`, is a group of that key and of the axis' name.
+"""
 
 _NODE_SOURCES = (
     ("GROUP_RANK", "torchrun group rank"),
@@ -79,29 +82,45 @@ def assemble(hellos: Sequence[Mapping[str, Any]], rank: int) -> Topology:
         world_size=len(hellos),
         nodes=tuple(tuple(ranks) for ranks in ordered),
         node_source=kinds.pop(),
-        groups={**_bare_groups(hellos), **_mesh_groups(hellos)},
+        groups=_groups(hellos),
     )
+
+
+def _groups(hellos: Sequence[Mapping[str, Any]]) -> dict[str, Group]:
+    bare, meshes = _bare_groups(hellos), _mesh_groups(hellos)
+    for name in sorted(bare.keys() & meshes.keys()):
+        given, expected = (set(map(frozenset, groups[name].sets)) for groups in (bare, meshes))
+        if not given <= expected:
+            raise DeclarationError(
+                f"{name!r} is the axis of a mesh, with the groups {sorted(map(sorted, expected))}, and was also given as "
+                f"{sorted(map(sorted, given))}; name them differently"
+            )
+    return {**bare, **meshes}
 
 
 def _bare_groups(hellos: Sequence[Mapping[str, Any]]) -> dict[str, Group]:
     groups: dict[str, Group] = {}
-    for name in sorted({name for hello in hellos for name in hello["groups"]}):
+    lines = [hello.get("lines", {}) for hello in hellos]
+    required = {name for hello in hellos for name in hello["groups"]}
+    for name in sorted(required.union(*lines)):
         sets: dict[Ranks, None] = {}
         for number, hello in enumerate(hellos):
-            if name not in hello["groups"]:
+            if name in required and name not in hello["groups"] and name not in lines[number]:
                 raise DeclarationError(
                     f"rank {number} gives no process group {name!r}, other ranks do; every rank returns every name, "
                     "with None where it is not a member",
                     rank=number,
                 )
-            if (members := hello["groups"][name]) is not None:
+            if (members := hello["groups"].get(name, lines[number].get(name))) is not None:
                 sets[tuple(members)] = None
         members = [rank for ranks in sets for rank in ranks]
         if len(members) != len(set(members)):
             raise DeclarationError(
                 f"the process groups {name!r} overlap: {sorted(sets)}; one name means disjoint groups"
             )
-        groups[name] = Group(tuple(sorted(sets)))
+        is_one_mesh = len(sets) == 1 and all(name in own for own in lines)
+        # the same mesh of one axis on all ranks is a mesh without other axes, and is found again on other ranks
+        groups[name] = Group(tuple(sorted(sets)), ((),) if is_one_mesh else None)
     return groups
 
 
@@ -128,24 +147,61 @@ def _mesh_groups(hellos: Sequence[Mapping[str, Any]]) -> dict[str, Group]:
 
 def _local_facts(process_groups: ProcessGroups) -> dict[str, Any]:
     groups: dict[str, Ranks | None] = {}
+    lines: dict[str, Ranks] = {}
     meshes: list[dict[str, Any]] = []
-    named = {"mesh": process_groups} if isinstance(process_groups, DeviceMesh) else (process_groups or {})
-    for name, group in named.items():
-        if isinstance(group, DeviceMesh):
+    for name, group in _named(process_groups).items():
+        if not isinstance(name, str) or not name:
+            raise DeclarationError(f"process_groups has the name {name!r}; use non-empty strings: {{name: group}}")
+        if isinstance(group, DeviceMesh) and group.ndim == 1:
+            ranks = tuple(sorted(int(rank) for rank in group.mesh))
+            groups[name] = ranks
+            for alias in {name, *(group.mesh_dim_names or ())}:
+                if lines.setdefault(alias, ranks) != ranks:
+                    raise DeclarationError(
+                        f"two meshes have an axis {alias!r} of different ranks; name the axes differently"
+                    )
+        elif isinstance(group, DeviceMesh):
             meshes.append(_mesh_facts(group, name))
-        elif not isinstance(group, dist.ProcessGroup):  # None, or GroupMember.NON_GROUP_MEMBER
+        elif isinstance(group, dist.ProcessGroup):
+            groups[name] = tuple(sorted(dist.get_process_group_ranks(group)))
+        elif group is None or _is_non_member(group):
             groups[name] = None
         else:
-            groups[name] = tuple(sorted(dist.get_process_group_ranks(group)))
-    return {"node": _node(), "groups": groups, "meshes": meshes}
+            raise DeclarationError(
+                f"process_groups[{name!r}] is {group!r}; use a ProcessGroup, a DeviceMesh, or None on a rank that is not a "
+                "member"
+            )
+    for name in sorted(groups.keys() & lines.keys()):
+        if (given := groups[name]) != lines[name]:
+            raise DeclarationError(
+                f"{name!r} is the axis of a mesh of ranks {list(lines[name])}, and was also given as "
+                f"{None if given is None else list(given)}; name them differently"
+            )
+    return {"node": _node(), "groups": groups, "lines": lines, "meshes": meshes}
+
+
+def _named(process_groups: ProcessGroups) -> Mapping[Any, Any]:
+    if process_groups is None:
+        return {}
+    if isinstance(process_groups, DeviceMesh):
+        axes = process_groups.mesh_dim_names
+        return {axes[0] if axes is not None and process_groups.ndim == 1 else "mesh": process_groups}
+    if not isinstance(process_groups, Mapping):
+        raise DeclarationError(
+            f"process_groups is a {type(process_groups).__name__}; pass {{name: group}}, or a DeviceMesh with named axes"
+        )
+    return process_groups
+
+
+def _is_non_member(group: object) -> bool:
+    sentinel: object = dist.GroupMember.NON_GROUP_MEMBER
+    return type(group) is type(sentinel) and group == sentinel
 
 
 def _mesh_facts(mesh: DeviceMesh, name: str) -> dict[str, Any]:
     axes = mesh.mesh_dim_names
     if axes is None:
-        if mesh.ndim != 1:
-            raise DeclarationError(f"the device mesh {name!r} has no axis names; pass mesh_dim_names=")
-        axes = (name,)
+        raise DeclarationError(f"the device mesh {name!r} has no axis names; pass mesh_dim_names=")
     places = [[list(place), int(mesh.mesh[place])] for place in itertools.product(*map(range, mesh.mesh.shape))]
     return {"axes": list(axes), "places": places}
 

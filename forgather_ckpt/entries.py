@@ -25,6 +25,8 @@ def entry_for(component: StateComponent, record: ComponentRecord, old: Topology,
     `LoadMismatch` where the component was shared in another way when it was saved.
     """
     check_pattern(component, record)
+    if not _fits(component, record):
+        return Resize(f"it was saved as {record.pattern.name} with {record.names} names")
     found: str | Resize = ENTRY_OF_ALL
     if record.names == "local":
         found = _find(component.sharing_pattern, _own_set(component, new), record, old, new)
@@ -37,14 +39,19 @@ def entry_for(component: StateComponent, record: ComponentRecord, old: Topology,
     return found
 
 
+def _fits(component: StateComponent, record: ComponentRecord) -> bool:
+    return record.names == component.names and (component.is_global or record.pattern is component.sharing_pattern)
+
+
 def check_pattern(component: StateComponent, record: ComponentRecord) -> None:
-    """Global names can be read by any rank of any layout; local ones only under the pattern they were saved with."""
-    if record.names == component.names and (component.is_global or record.pattern is component.sharing_pattern):
+    """Global names can be read by any rank of any layout; local ones only under the pattern they were saved with, or
+    by a function that makes the new state of the old entries."""
+    if _fits(component, record) or callable(component.on_resize):
         return
     raise LoadMismatch(
         f"component {component.key!r} was saved as {record.pattern.name} with {record.names} names, and is declared "
-        f"{component.sharing_pattern.name} with {component.names} names now; declare it as it was saved, load without it "
-        "(components=), or start that part afresh",
+        f"{component.sharing_pattern.name} with {component.names} names now; declare it as "
+        "it was saved, give a function as on_resize, load without it (components=), or start that part afresh",
         component=component.key,
     )
 

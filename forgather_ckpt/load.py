@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forgather_ckpt import catalog, files, reading, resume
+from forgather_ckpt import catalog, files, paths, reading, resume
 from forgather_ckpt.comm import Comm
 from forgather_ckpt.component import StateComponent
 from forgather_ckpt.declarations import declare
@@ -25,7 +25,7 @@ from forgather_ckpt.errors import (
     UnsupportedVersion,
 )
 from forgather_ckpt.job import Job
-from forgather_ckpt.prepare import Live, Request, give, prepare
+from forgather_ckpt.prepare import Live, Request, give, prepare, resize
 from forgather_ckpt.settle import capture_live
 from forgather_ckpt.structure import State
 
@@ -74,7 +74,6 @@ def load(job: Job, request: Request) -> LoadReport:
     `which` None or "latest": the newest that is good; damaged ones are passed over, on every rank alike.
     """
     comm = job.comm
-    comm.begin_operation()
     wanted = {
         "do": "load",
         "which": None if request.which is None else str(request.which),
@@ -82,6 +81,7 @@ def load(job: Job, request: Request) -> LoadReport:
         "strict": request.strict,
         "staged": request.staged,
     }
+    comm.begin_operation(f"{wanted}")
     components = declare(comm, job.topology, job.source, wanted)
     candidates = comm.agree("choosing a checkpoint", lambda: None, lambda _: _choose(job.run, request.which))
     live = _take_live(comm, components, request)
@@ -134,7 +134,9 @@ def _refuse_leftovers(comm: Comm, torn: Torn, report: LoadReport) -> None:
 
 def _choose(run: Path, which: str | int | Path | None) -> list[list[str]]:
     """Rank 0's choice: paths and manifest digests of the checkpoints to try, in order."""
-    if isinstance(which, Path) or (isinstance(which, str) and (os.sep in which or Path(which).is_dir())):
+    if isinstance(which, Path) or (isinstance(which, str) and not resume.is_selector(which)):
+        if isinstance(which, str) and os.sep not in which and not Path(which).is_dir():
+            raise CheckpointNotFound(f"{which!r} selects no checkpoint; use 'latest', 'latest~1', a step, or a path")
         with files.typed_errors(Path(which), "looking for the checkpoint"):
             found = [catalog.read_checkpoint(Path(which).resolve())]
         return [[str(found[0].path), found[0].manifest.digest]]
@@ -152,7 +154,14 @@ def _choose(run: Path, which: str | int | Path | None) -> list[list[str]]:
             f"{scanned.rejected[0].reason}",
             path=str(scanned.rejected[0].path),
         )
-    chosen = resume.choose([checkpoint.candidate for checkpoint in scanned.checkpoints], which)
+    try:
+        chosen = resume.choose([checkpoint.candidate for checkpoint in scanned.checkpoints], which)
+    except CheckpointNotFound as err:
+        asked = str(which).removeprefix("step:")
+        for rejected in scanned.rejected:
+            if asked.isdigit() and rejected.path.name == paths.checkpoint(int(asked)):
+                raise CheckpointDamaged(f"{err.message}; {rejected.path} is not whole: {rejected.reason}") from err
+        raise
     return [[str(one.path.resolve()), by_path[one.path].manifest.digest] for one in chosen]
 
 
@@ -178,15 +187,16 @@ def _load_one(job: Job, request: Request, live: Live, path: Path, digest: str) -
     only = comm.together("preparing the load", lambda: prepare(job, request, live, path, digest))
 
     def read() -> None:
-        wanted = [want for recipe in only.recipes for assembly in recipe.assemblies for want in assembly.wanted]
+        wanted = [want for recipe in only.recipes if not recipe.is_resized for want in recipe.wanted]
         reading.read(path, wanted, on_progress=comm.beat)
 
+    resized = comm.together("resizing", lambda: resize(only.recipes, path, job))
     if request.staged:
         comm.agree("reading the checkpoint", read)
     try:
         if not request.staged:
             comm.agree("reading the checkpoint", read)
-        comm.agree("loading the checkpoint", lambda: give(only.recipes, job))
+        comm.agree("loading the checkpoint", lambda: give(only.recipes, resized))
     except BaseException as err:
         raise Torn(err, [recipe.component.key for recipe in only.recipes], only.chosen) from err
     for key, reason in only.skipped.items():

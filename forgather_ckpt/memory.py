@@ -21,7 +21,9 @@ _SPAN_BYTES = 8 * BLOCK_BYTES
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's elements in C order as 1-D uint8, sharing its memory where it is contiguous, else a copy."""
     dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return dense.reshape(-1).view(torch.uint8) if dense.numel() else torch.empty(0, dtype=torch.uint8)
+    # not reshape(-1), which keeps the stride of a single element, whatever that is, and `view` wants it to be 1
+    flat = dense.as_strided((dense.numel(),), (1,))
+    return flat.view(torch.uint8) if dense.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def host_view(flat: torch.Tensor) -> memoryview:

@@ -1,6 +1,6 @@
 """`NamedOptimizer`: an optimizer's state under the names of its parameters."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,15 +8,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from forgather_ckpt.component import Available, StateDict, Target
-from forgather_ckpt.errors import DeclarationError, LoadMismatch
+from forgather_ckpt.errors import DeclarationError, LoadMismatch, StructureError
 from forgather_ckpt.names import decode_path
 
-_WRAPPERS = ("module.", "_orig_mod.")
 
+def unwrapped_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's parameters, under the names that they have without DDP around it and `torch.compile` anywhere.
 
-def unwrapped_name(name: str) -> str:
-    """A parameter's name without what DDP and `torch.compile` put before it, at any depth."""
-    return ".".join(part for part in name.split(".") if f"{part}." not in _WRAPPERS)
+    A wrapper is what has one child, called `module` or `_orig_mod`, and no parameters of its own.
+    """
+    while [name for name, _ in module.named_children()] in (["module"], ["_orig_mod"]) and not module._parameters:
+        [module] = module.children()
+    for name, parameter in module.named_parameters():
+        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), parameter
 
 
 class NamedOptimizer:
@@ -36,15 +40,18 @@ class NamedOptimizer:
         self._names: dict[nn.Parameter, str] = {}
         owners: dict[str, nn.Parameter] = {}
         for part in model_parts:
-            for wrapped, parameter in part.named_parameters():
-                name = unwrapped_name(wrapped)
+            for name, parameter in unwrapped_parameters(part):
                 if owners.setdefault(name, parameter) is not parameter:
                     raise DeclarationError(f"two parameters are called {name!r}; name the model's parts differently")
                 self._names.setdefault(parameter, name)
         self._parameters = {name: parameter for parameter, name in self._names.items()}
 
     def state_dict(self) -> StateDict:
-        """References to the live state, flat. Values that are not tensors are the groups' hyperparameters."""
+        """References to the live state, flat. Values that are not tensors are the groups' hyperparameters.
+
+        `StructureError` where the optimizer keeps state of another kind, which has no parameter to be named after.
+        """
+        self._refuse_other_state()
         state: StateDict = {}
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
@@ -55,6 +62,19 @@ class NamedOptimizer:
                     if key != "params":
                         state[f"groups.{name}.{key}"] = value
         return state
+
+    def _refuse_other_state(self) -> None:
+        grouped = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        strays = [
+            key if isinstance(key, str) else type(key).__name__ for key in self.optimizer.state if key not in grouped
+        ]
+        if type(self.optimizer).state_dict is not Optimizer.state_dict:
+            strays += sorted(set(self.optimizer.state_dict()) - {"state", "param_groups"})
+        if strays:
+            raise StructureError(
+                f"{type(self.optimizer).__name__} keeps state that belongs to no parameter of its groups: {strays[:5]}; declare "
+                "the optimizer itself, as a component of its own with names='local', or keep that state elsewhere"
+            )
 
     def load_targets(self, available: Mapping[str, Available]) -> dict[str, Target | None]:
         """State goes to the device of the parameter that it belongs to; of other layers' parameters nothing is

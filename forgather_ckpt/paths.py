@@ -46,6 +46,10 @@ def index(writer: int, part: int) -> str:
     return f"index-{writer:05d}{_part(part)}.json"
 
 
+def is_index(name: str) -> bool:
+    return re.fullmatch(r"index-\d{5,}(-part\d+)?\.json", name) is not None
+
+
 def small_tensors(writer: int, part: int) -> str:
     return f"small-{writer:05d}{_part(part)}.safetensors"
 

@@ -4,21 +4,23 @@ And the last: to give the states to the statefuls, and to see what they made of 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from forgather_ckpt import catalog
+from forgather_ckpt import catalog, reading, structure
 from forgather_ckpt.assembly import Assembly, Stored, assemble, gather
-from forgather_ckpt.component import ChoosesTargets, StateComponent, Target
+from forgather_ckpt.component import ChoosesTargets, StateComponent, StateDict, Target
 from forgather_ckpt.entries import Resize, check_pattern, entry_for
 from forgather_ckpt.errors import CheckpointError, FormatError, LoadMismatch, StorageError
 from forgather_ckpt.index import Index, IndexEntry
 from forgather_ckpt.job import Job
 from forgather_ckpt.manifest import CheckpointManifest
 from forgather_ckpt.portions import ENTRY_OF_ALL
+from forgather_ckpt.reading import Wanted
 from forgather_ckpt.replication import describe
 from forgather_ckpt.settle import capture_live
 from forgather_ckpt.structure import State
@@ -59,27 +61,44 @@ class Recipe:
     is_resized: bool
     manifest: CheckpointManifest
 
-    def load(self, job: Job) -> None:
-        """Give the state to the stateful, once its bytes are read."""
-        component = self.component
-        states = [assembly.state_dict() for assembly in self.assemblies]
-        doing = "on_resize()"
-        try:
-            if self.is_resized:
-                assert callable(component.on_resize)
-                state = component.on_resize(states, self.manifest.topology, job.topology)
-            else:
-                [state] = states
-            assert component.stateful is not None
-            doing = "load_state_dict()"
-            component.stateful.load_state_dict(state)
-        except CheckpointError as err:
-            raise err.at(component=component.key) from None
-        except Exception as err:
+    @property
+    def wanted(self) -> list[Wanted]:
+        return [want for assembly in self.assemblies for want in assembly.wanted]
+
+    def resized(self, job: Job) -> StateDict:
+        """The state that the component's rule makes of all old entries, once their bytes are read."""
+        assert callable(self.component.on_resize)
+        saved = [assembly.state_dict() for assembly in self.assemblies]
+        with _told_by(self.component, "on_resize()"):
+            state = self.component.on_resize(saved, self.manifest.topology, job.topology)
+        if not isinstance(state, dict):
             raise LoadMismatch(
-                f"component {component.key!r}: {doing} raised {type(err).__name__}: {err}",
-                component=component.key,
-            ) from err
+                f"component {self.component.key!r}: on_resize() returned a {type(state).__name__}; return the new state, a dict",
+                component=self.component.key,
+            )
+        return state
+
+    def give(self, state: StateDict | None) -> None:
+        """Hand the state over: `state`, or what has been read."""
+        assert self.component.stateful is not None
+        if state is None:
+            [assembly] = self.assemblies
+            state = assembly.state_dict()
+        with _told_by(self.component, "load_state_dict()"):
+            self.component.stateful.load_state_dict(state)
+
+
+@contextmanager
+def _told_by(component: StateComponent, doing: str) -> Iterator[None]:
+    """Say which component's code raised."""
+    try:
+        yield
+    except CheckpointError as err:
+        raise err.at(component=component.key) from None
+    except Exception as err:
+        raise LoadMismatch(
+            f"component {component.key!r}: {doing} raised {type(err).__name__}: {err}", component=component.key
+        ) from err
 
 
 @dataclass(frozen=True)
@@ -108,6 +127,7 @@ def prepare(job: Job, request: Request, live: Live, path: Path, digest: str) -> 
             recipe = _recipe(job, component, state, library, skipped, staged=request.staged)
             if recipe is not None:
                 recipes.append(recipe)
+    _refuse_shared_memory(recipes, live)
     return Prepared(manifest, recipes, [component.key for component in chosen], skipped)
 
 
@@ -225,6 +245,28 @@ def _recipe(
     return Recipe(component, [whole], [assemble(whole, live, targets, staged=staged)], False, manifest)
 
 
+def _refuse_shared_memory(recipes: Sequence[Recipe], live: Live) -> None:
+    """Names that are one tensor in the job must not be two different ones in the checkpoint: the last would win."""
+    owners: dict[Hashable, tuple[str, bytes]] = {}
+    for recipe in recipes:
+        if recipe.is_resized:
+            continue
+        state = live.states[recipe.component.key]
+        for name, rows in recipe.stored[0].tensors.items():
+            item = state.tensors.get(state.aliases[name].target if name in state.aliases else name)
+            if item is None or (memory := structure.memory_of(item.tensor)) is None:
+                continue
+            told = f"{name!r} of component {recipe.component.key!r}"
+            content = b"".join(row.digest for row in rows) if rows[0].logical is None else rows[0].logical
+            owner, known = owners.setdefault(memory, (told, content))
+            if known != content:
+                raise LoadMismatch(
+                    f"{owner} and {told} are one tensor in the job and two different ones in the checkpoint; build the job "
+                    "as it was saved",
+                    component=recipe.component.key,
+                )
+
+
 def _check_module(component: StateComponent, stored: Stored, live: State) -> None:
     """A module's `load_state_dict` is strict about names, but speaks only after tensors have been filled."""
     names = {*live.tensors, *live.values, *live.aliases}
@@ -235,13 +277,22 @@ def _check_module(component: StateComponent, stored: Stored, live: State) -> Non
         if difference:
             shown = ", ".join(repr(name) for name in sorted(difference)[:_NUM_NAMED_ITEMS])
             more = f" and {len(difference) - _NUM_NAMED_ITEMS} more" if len(difference) > _NUM_NAMED_ITEMS else ""
+            wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in difference)
+            hint = ", and declare the module inside DDP or torch.compile, not the wrapper" if wrapped else ""
             raise LoadMismatch(
-                f"component {component.key!r}: {shown}{more} {what}; build the model as it was saved",
+                f"component {component.key!r}: {shown}{more} {what}; build the model as it was saved{hint}",
                 component=component.key,
             )
 
 
-def give(recipes: Sequence[Recipe], job: Job) -> None:
+def resize(recipes: Sequence[Recipe], path: Path, job: Job) -> dict[str, StateDict]:
+    """The states that `on_resize` rules make, by component. Touches nothing live."""
+    resized = [recipe for recipe in recipes if recipe.is_resized]
+    reading.read(path, [want for recipe in resized for want in recipe.wanted], on_progress=job.comm.beat)
+    return {recipe.component.key: recipe.resized(job) for recipe in resized}
+
+
+def give(recipes: Sequence[Recipe], resized: Mapping[str, StateDict]) -> None:
     """Give every component its state, and look at what it made of it.
 
     `load_state_dict()` and `state_dict()` may be collectives, so each is called once, in order, whatever the ones
@@ -250,7 +301,7 @@ def give(recipes: Sequence[Recipe], job: Job) -> None:
     failures: list[CheckpointError] = []
     for recipe in recipes:
         try:
-            recipe.load(job)
+            recipe.give(resized.get(recipe.component.key))
         except CheckpointError as err:
             failures.append(err)
     try:

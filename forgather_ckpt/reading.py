@@ -50,13 +50,13 @@ def read(directory: Path, wanted: Sequence[Wanted], *, on_progress: Callable[[],
                 if len(in_flight) == IN_FLIGHT:
                     in_flight.popleft().result()
                     on_progress()
-                in_flight.append(pool.submit(_read_run, descriptor, run))
+                in_flight.append(pool.submit(_read_run, descriptor, run, directory))
         for future in in_flight:
             future.result()
             on_progress()
 
 
-def _read_run(descriptor: int, run: Sequence[Block[Wanted]]) -> None:
+def _read_run(descriptor: int, run: Sequence[Block[Wanted]], directory: Path) -> None:
     start = run[0].start
     buffer = memory.bounce_buffer(pinned=any(block.piece.destination.device.type != "cpu" for block in run))
     view = memory.host_view(buffer)[: run[-1].stop - start]
@@ -65,7 +65,7 @@ def _read_run(descriptor: int, run: Sequence[Block[Wanted]]) -> None:
         data = view[block.start - start : block.stop - start]
         is_short = block.stop - start > count
         if is_short or hashtree.digest(data) != block.digest:
-            raise damaged(block.piece, block.number, is_short=is_short)
+            raise damaged(block.piece, block.number, directory, is_short=is_short)
     for block in run:
         if block.stop > block.start:
             offset = block.number * BLOCK_BYTES
@@ -74,13 +74,13 @@ def _read_run(descriptor: int, run: Sequence[Block[Wanted]]) -> None:
             block.piece.destination[offset : offset + length].copy_(verified)
 
 
-def damaged(wanted: Wanted, number: int, *, is_short: bool) -> CheckpointDamaged:
+def damaged(wanted: Wanted, number: int, directory: Path, *, is_short: bool) -> CheckpointDamaged:
     row = wanted.row
     first = row.offset + number * BLOCK_BYTES
     problem = "ends before it" if is_short else "does not have the digest that was recorded"
     return CheckpointDamaged(
         f"component {wanted.component!r}: tensor {row.name!r}, block {number + 1} of {len(row.block_digests())} "
-        f"(from byte {first} of {row.file}) {problem}",
+        f"(from byte {first} of {directory.name}/{row.file}) {problem}",
         component=wanted.component,
-        path=row.file,
+        path=str(directory / row.file),
     )

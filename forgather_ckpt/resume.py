@@ -25,6 +25,14 @@ def newest_first(candidates: Sequence[Candidate]) -> list[Candidate]:
     )
 
 
+_SELECTOR = re.compile(r"latest|latest~(?P<back>\d+)|(?:step:)?(?P<step>\d+)")
+
+
+def is_selector(which: str) -> bool:
+    """Whether `which` names a checkpoint by its place or step; otherwise it is a path."""
+    return _SELECTOR.fullmatch(which) is not None
+
+
 def choose(candidates: Sequence[Candidate], which: str | int | None) -> list[Candidate]:
     """The checkpoints to try, in order; more than one only where the caller left the choice to us.
 

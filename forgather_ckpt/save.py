@@ -88,8 +88,8 @@ def save(job: Job, request: Request, *, prepare: Callable[[], None], parent: Map
     Whatever fails on whatever rank, all ranks raise the same error, nothing is committed, and the next save works.
     """
     comm, clock = job.comm, _Clock()
-    comm.begin_operation()
     wanted = {"do": "save", "step": request.step, "epoch": request.epoch, "kind": request.kind, "to": str(job.run)}
+    comm.begin_operation(f"{wanted}")
     with clock.phase("settle"):
         components = declare(comm, job.topology, job.source, wanted, prepare=prepare)
         settled = settle(comm, job.topology, components)

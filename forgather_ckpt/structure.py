@@ -6,7 +6,8 @@ memory: nothing is copied here.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ from forgather_ckpt import hashtree, names, strict_json, values
 from forgather_ckpt.dtypes import ITEM_BYTES
 from forgather_ckpt.errors import FormatError, StructureError
 from forgather_ckpt.names import ListIndex, Path, TupleIndex
+
+_DICTS = (dict, OrderedDict)
+"""Descended into. An OrderedDict, which modules return, comes back as a dict, which keeps its order too."""
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 
@@ -103,7 +107,7 @@ class _Walk:
         self.values: dict[str, ValueItem] = {}
         self.aliases: dict[str, AliasItem] = {}
         self._order = 0
-        self._owners: dict[tuple[Any, ...], str] = {}
+        self._owners: dict[Hashable, str] = {}
 
     def visit_dict(self, mapping: Mapping[Any, Any], path: Path) -> None:
         odd = [key for key in mapping if type(key) is not str]
@@ -117,14 +121,19 @@ class _Walk:
             raise _too_deep(path)
         if isinstance(value, torch.Tensor):
             self._add_tensor(value, path)
-        elif isinstance(value, dict) and value:
+        elif type(value) in _DICTS and value:
             self.visit_dict(value, path)
         elif type(value) in (list, tuple) and _has_items(value):
             step = ListIndex if type(value) is list else TupleIndex
             for index, item in enumerate(value):
                 self._visit(item, (*path, step(index)))
+        elif isinstance(value, dict) and _holds_tensor(value):
+            kind = type(value).__name__
+            raise StructureError(
+                f"{self._name(path)}: a {kind} that holds tensors would come back as a dict; return dict(…) of it"
+            )
         else:
-            self._add_value({} if isinstance(value, dict) else value, path)
+            self._add_value({} if type(value) in _DICTS else value, path)
 
     def _name(self, path: Path) -> str:
         try:
@@ -137,11 +146,7 @@ class _Walk:
         if reason := _why_not_storable(tensor):
             raise StructureError(f"{name}: {reason}")
         self._order += 1
-        if tensor.numel() and not tensor.is_conj() and not tensor.is_neg():
-            memory = (
-                tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(),
-                tensor.dtype, tensor.device,
-            )  # fmt: skip
+        if (memory := memory_of(tensor)) is not None:
             owner = self._owners.setdefault(memory, name)
             if owner != name:
                 self.aliases[name] = AliasItem(name, self._order, owner)
@@ -156,6 +161,14 @@ class _Walk:
             raise StructureError(f"{'/'.join((name, *err.steps))}: {err.reason}") from None
         self._order += 1
         self.values[name] = ValueItem(name, self._order, value, data)
+
+
+def memory_of(tensor: torch.Tensor) -> Hashable | None:
+    """What two tensors have in common exactly if they are one: names of tied weights. None where that has no meaning."""
+    if not tensor.numel() or tensor.is_conj() or tensor.is_neg():
+        return None
+    start = tensor.untyped_storage().data_ptr()
+    return start, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _too_deep(path: Path) -> StructureError:
@@ -173,6 +186,12 @@ def _has_items(sequence: list[Any] | tuple[Any, ...]) -> bool:
         isinstance(item, (torch.Tensor, dict)) or (type(item) in (list, tuple) and _has_items(item))
         for item in sequence
     )
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_tensor(item) for item in value.values())
+    return isinstance(value, torch.Tensor) or (type(value) in (list, tuple) and any(map(_holds_tensor, value)))
 
 
 def _why_not_storable(tensor: torch.Tensor) -> str | None:

@@ -38,7 +38,7 @@ class ReplicationReport:
 
 def validate(job: Job) -> Mapping[str, ReplicationReport]:
     """Compare all copies; a report for every component that has several holders."""
-    job.comm.begin_operation()
+    job.comm.begin_operation("validate")
     components = declare(job.comm, job.topology, job.source, {"do": "validate"})
     settled = settle(job.comm, job.topology, components)
     by_key = {component.key: component for component in components}

@@ -9,6 +9,7 @@
 | tuple, set, frozenset | `{"$tuple": […]}`, `{"$set": […]}`, `{"$frozenset": […]}` |
 | dict with str keys | object, unless it has a single key that begins with `$` |
 | any other dict | `{"$dict": [[key, value], …]}` |
+| Counter; defaultdict of a builtin type | `{"$counter": [[key, count], …]}`, `{"$defaultdict": ["int", [[key, value], …]]}` |
 | bytes, bytearray | `{"$bytes": "<base64>"}`, `{"$bytearray": "<base64>"}` |
 | complex | `{"$complex": [real, imag]}` |
 | numpy array, numpy scalar | `{"$ndarray": [dtype, shape, "<base64, C order>"]}`, `{"$npscalar": [dtype, "<base64>"]}` |
@@ -23,6 +24,7 @@ import base64
 import math
 import re
 import struct
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -173,6 +175,27 @@ def _encode_dict(value: dict[Any, Any]) -> Any:
     return {"$dict": encoded}
 
 
+def _encode_pairs(value: dict[Any, Any]) -> list[Any]:
+    return [[encode(key), encode(item)] for key, item in value.items()]
+
+
+def _encode_defaultdict(value: "defaultdict[Any, Any]") -> Any:
+    factory = value.default_factory
+    if factory not in _FACTORIES.values():
+        raise NotPlain("a defaultdict comes back only with a builtin type as its factory; return dict(…) of it")
+    name = next(name for name, known in _FACTORIES.items() if known is factory)
+    return {"$defaultdict": [name, _encode_pairs(value)]}
+
+
+def _decode_pairs(pairs: list[Any]) -> dict[Any, Any]:
+    return {_decode(key): _decode(item) for key, item in pairs}
+
+
+def _decode_defaultdict(content: Any) -> Any:
+    name, pairs = content
+    return defaultdict(_FACTORIES[name], _decode_pairs(pairs))
+
+
 def _encode_set(tag: str) -> Callable[[Any], Any]:
     def encoder(value: Iterable[Any]) -> Any:  # sorted, since the order of a set depends on the hash seed
         return {tag: sorted(_sequence(value, "s"), key=strict_json.dumps)}
@@ -279,6 +302,16 @@ def _decode_complex(parts: list[Any]) -> complex:
     return complex(_decode(real), _decode(imag))
 
 
+_FACTORIES: dict[str, Callable[[], Any] | None] = {
+    "none": None,
+    "int": int,
+    "float": float,
+    "str": str,
+    "list": list,
+    "dict": dict,
+    "set": set,
+}
+
 _ENCODERS: dict[type, Callable[[Any], Any]] = {
     str: _encode_str,
     int: _encode_int,
@@ -288,6 +321,8 @@ _ENCODERS: dict[type, Callable[[Any], Any]] = {
     set: _encode_set("$set"),
     frozenset: _encode_set("$frozenset"),
     dict: _encode_dict,
+    Counter: lambda value: {"$counter": _encode_pairs(value)},
+    defaultdict: _encode_defaultdict,
     bytes: lambda value: {"$bytes": _encode_bytes(value)},
     bytearray: lambda value: {"$bytearray": _encode_bytes(value)},
     complex: lambda value: {"$complex": [_encode_float(value.real), _encode_float(value.imag)]},
@@ -299,7 +334,9 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "$tuple": lambda items: tuple(_decode_items(items)),
     "$set": lambda items: set(_decode_items(items)),
     "$frozenset": lambda items: frozenset(_decode_items(items)),
-    "$dict": lambda pairs: {_decode(key): _decode(item) for key, item in pairs},
+    "$dict": _decode_pairs,
+    "$counter": lambda pairs: Counter(_decode_pairs(pairs)),
+    "$defaultdict": _decode_defaultdict,
     "$bytes": _decode_bytes,
     "$bytearray": lambda text: bytearray(_decode_bytes(text)),
     "$complex": _decode_complex,

@@ -7,7 +7,7 @@ import pytest
 
 from forgather_ckpt import catalog, commit, paths
 from forgather_ckpt.errors import CheckpointNotFound, FormatError, StorageError
-from tests.checkpoints import DATA_FILE, commit_one, contents, fill
+from tests.checkpoints import DATA_FILE, commit_one, fill
 
 
 def steps(run) -> list[int]:
@@ -138,11 +138,12 @@ def test_unfinished_saves_are_no_checkpoints_even_when_complete(tmp_path):
     assert (found.checkpoints, found.unfinished) == ((), (draft.directory,))
 
 
-def test_links_to_checkpoints_are_not_followed(tmp_path):
+def test_a_checkpoint_that_was_moved_away_and_linked_to_is_found(tmp_path):
     commit_one(tmp_path / "elsewhere", 1)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint-1").symlink_to(tmp_path / "elsewhere" / "checkpoint-1")
-    assert contents(tmp_path / "run") == []
+    (tmp_path / "run" / "latest").symlink_to("checkpoint-1")
+    assert [found.path.name for found in catalog.scan(tmp_path / "run").checkpoints] == ["checkpoint-1"]
 
 
 def test_a_small_file_is_read_in_exactly_its_size(tmp_path):

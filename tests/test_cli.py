@@ -139,6 +139,21 @@ def test_ls_lists_the_newest_first(fgckpt: Fgckpt, make: Make, tmp_path: Path) -
     assert (result.code, result.err) == (0, "")
 
 
+def test_epochs_have_4_digits(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:
+    make(1, epoch=0.011235955)
+    assert fgckpt("ls", tmp_path).out.splitlines()[1].split()[1] == "0.01124"
+    assert fgckpt("show", "-d", tmp_path).out.startswith("checkpoint-1  step 1  epoch 0.01124  ")
+    assert [text.epoch(epoch) for epoch in (2, 1.0, 12.3456, 12345.6, None)] == ["2", "1", "12.35", "12346", "null"]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_ls_of_a_checkpoint_says_what_shows_it(fgckpt: Fgckpt, make: Make, options: list[str]) -> None:
+    path = make(4)
+    result = fgckpt("ls", *options, path)
+    assert (result.code, result.out) == (3, "")
+    assert f"is a checkpoint, not a run directory; see `fgckpt show {path}`, or `fgckpt ls {path.parent}`" in result.err
+
+
 def test_ls_of_an_empty_run_says_so(fgckpt: Fgckpt, tmp_path: Path) -> None:
     result = fgckpt("ls", tmp_path)
     assert result.code == 0

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from forgather_ckpt import CheckpointCoordinator, SharingPattern, StateComponent
 from forgather_ckpt.comm import Comm
 from forgather_ckpt.discovery import connect
-from forgather_ckpt.errors import CheckpointError, RankFailed, StorageError
-from tests.components import Refusal, refusal, the_same
+from forgather_ckpt.errors import CheckpointError, RankFailed, RankTimeout, StorageError
+from tests.components import Box, Refusal, refusal, the_same
 from tests.ranks import run_ranks, values
 
 pytestmark = pytest.mark.multiprocess
@@ -381,3 +382,27 @@ def test_operations_leave_nothing_behind_in_the_store():
 
     for sizes in values(run_ranks(2, case)):
         assert sizes[1] == sizes[2]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_call_that_one_rank_made_alone_does_not_leave_the_others_behind(culprit: int, tmp_path: Path):
+    def case(rank: int, world_size: int) -> list[str]:
+        box = Box({"w": rank * 0})
+        coordinator = CheckpointCoordinator(
+            [StateComponent("a", box, SharingPattern.REPLICATED)], tmp_path / str(culprit), timeout_seconds=1
+        )
+        told = []
+        if rank == culprit:
+            try:
+                coordinator.save_checkpoint(1)
+            except RankTimeout as err:
+                told.append(type(err).__name__)
+        dist.barrier()
+        for step in (2, 3):
+            told.append(coordinator.save_checkpoint(step).name)
+        return told
+
+    told = values(run_ranks(2, case))
+    assert told[culprit] == ["RankTimeout", "checkpoint-2", "checkpoint-3"]
+    assert told[1 - culprit] == ["checkpoint-2", "checkpoint-3"]

@@ -106,6 +106,11 @@ class Half:
             "process_group_name= means something for PER_GROUP only, not for REPLICATED; drop it",
         ),
         ({"pattern": PER_RANK, "process_group_name": "dp"}, "not for PER_RANK; drop it"),
+        (
+            {"pattern": PER_GROUP, "process_group_name": [0, 1]},
+            "process_group_name is a list; use the group's name, a string",
+        ),
+        ({"process_group_name": 0}, "process_group_name is a int; use the group's name"),
         ({"on_resize": "merge"}, "on_resize is 'merge'; use 'error', 'drop' or a function (saved, old, new) -> state"),
         ({"on_resize": None}, "on_resize is None; use"),
         ({"stateful": object()}, "object has no state_dict() and load_state_dict(); give an object that has, or None"),

@@ -102,7 +102,78 @@ def test_two_meshes_may_share_an_axis_only_if_it_means_the_same_ranks():
         assemble([hello({"boot id": "x"}, meshes=other)] * 4, rank=0)
 
 
+def line(**lines: Any) -> dict[str, Any]:
+    """What a rank says of meshes of one axis, given under the names of their axes."""
+    return hello({"boot id": "x"}, **lines) | {"lines": lines}
+
+
+def test_slices_of_a_mesh_are_bare_groups_and_one_mesh_of_all_ranks_is_a_mesh():
+    slices = assemble([line(dp=(0, 2)), line(dp=(1, 3)), line(dp=(0, 2)), line(dp=(1, 3))], rank=0)
+    assert slices.groups == {"dp": Group(((0, 2), (1, 3)))}
+    whole = assemble([line(dp=(0, 1))] * 2, rank=0)
+    assert whole.groups == {"dp": Group(((0, 1),), ((),))}
+
+
+def test_a_mesh_goes_before_its_slices_which_must_mean_the_same_ranks():
+    whole = {"meshes": [mesh({"dp": 2, "tp": 2})]}
+    slices = [line(dp=(0, 2)), line(dp=(1, 3)), line(dp=(0, 2)), line(dp=(1, 3))]
+    topology = assemble([one | whole for one in slices], rank=0)
+    assert topology.groups["dp"].coordinates == ((("tp", 0, 2),), (("tp", 1, 2),))
+    with pytest.raises(DeclarationError, match=r"'dp' is the axis of a mesh, with the groups \[\[0, 2\], \[1, 3\]\]"):
+        assemble([one | whole for one in [line(dp=(0, 1)), line(dp=(0, 1)), line(dp=(2, 3)), line(dp=(2, 3))]], rank=0)
+
+
 # ---- connecting
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("key", ["dp", "data"])
+@pytest.mark.parametrize("name", ["dp", "data"])
+def test_slices_of_a_mesh_serve_as_groups(key: str, name: str, tmp_path: Path):
+    def case(rank: int, world_size: int) -> Any:
+        whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        box = Box({"place": rank % 2})
+        components = [StateComponent("part", box, SharingPattern.PER_GROUP, name)]
+
+        def coordinator() -> CheckpointCoordinator:
+            groups = {key: whole["dp"]}
+            return CheckpointCoordinator(components, tmp_path, process_groups=groups, timeout_seconds=30)
+
+        if name not in ("dp", key):
+            with coordinator() as unknown:
+                return refusal(lambda: unknown.save_checkpoint(1))[0]
+        with coordinator() as saving:
+            saving.save_checkpoint(1)
+        box.items = {}
+        with coordinator() as loading:
+            loading.load_checkpoint()
+            return box.items == {"place": rank % 2}, loading.topology.groups[name]
+
+    result = the_same(values(run_ranks(4, case)))
+    known = (True, Group(((0, 2), (1, 3))))
+    assert result == ("DeclarationError" if name not in ("dp", key) else known)
+
+
+@pytest.mark.multiprocess
+def test_a_mesh_with_its_slice_bare_slices_and_ranks_that_are_in_none(tmp_path: Path):
+    def case(rank: int, world_size: int) -> Any:
+        whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        everybody = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
+        given: list[Any] = [
+            whole["tp"],
+            {"mesh": whole, "dp": whole["dp"]},
+            {"ring": whole["dp"] if rank % 2 else None},
+            everybody,
+        ]
+        return [
+            CheckpointCoordinator([], tmp_path, process_groups=one, timeout_seconds=30).topology.groups for one in given
+        ]
+
+    sliced, both, partly, whole = the_same(values(run_ranks(4, case)))
+    assert sliced == {"tp": Group(((0, 1), (2, 3)))}
+    assert both["dp"] == Group(((0, 2), (1, 3)), ((("tp", 0, 2),), (("tp", 1, 2),)))
+    assert partly == {"ring": Group(((1, 3),)), "dp": Group(((1, 3),))}
+    assert whole == {"dp": Group(((0, 1, 2, 3),), ((),))}
 
 
 @pytest.mark.multiprocess
@@ -295,6 +366,8 @@ def refused_declarations(rank: int) -> list[tuple[list[StateComponent], list[Sta
         ),
         ([one("a"), one("a")], [one("a")], "component 'a' is declared twice"),
         ([Box({})], [one("a")], "get_state_components() returned a Box; return a list of StateComponent"),
+        ({"a": one("a")}, [one("a")], "get_state_components() returned a dict; return a list of StateComponent"),  # type: ignore[list-item]
+        (None, [one("a")], "get_state_components() returned a NoneType; return a list of StateComponent"),  # type: ignore[list-item]
         ([one("a", SharingPattern.PER_GROUP, process_group_name="nn")], [one("a")], "there is no process group 'nn'"),
     ]
 

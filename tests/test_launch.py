@@ -34,6 +34,14 @@ def test_without_a_command_scripts_tell_their_usage(name):
     assert (name in told.stderr and "MAX_RESTARTS" in told.stderr) or "usage: RUN_DIR=DIR" in told.stderr
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("name", ["one_node.sh", "several_nodes.sh", "simulated_nodes.sh"])
+def test_asked_for_help_scripts_tell_their_own_usage(name, flag):
+    told = subprocess.run([LAUNCH / name, flag], capture_output=True, text=True, env={"PATH": PATH})
+    assert (told.returncode, told.stderr) == (0, "")
+    assert name in told.stdout and "MAX_RESTARTS" in told.stdout
+
+
 def test_the_table_names_every_script():
     table = (LAUNCH / "README.md").read_text()
     assert [path.name for path in SCRIPTS if f"| `{path.name}` |" not in table] == []

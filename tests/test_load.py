@@ -516,3 +516,112 @@ def test_b29_a_failed_save_leaves_nothing_and_the_next_one_works(tmp_path):
         coordinator.save_checkpoint(2)
         coordinator.load_checkpoint(1)
     assert_same(boxes["model"].items, MODEL)
+
+
+class Pair(nn.Module):
+    """An embedding and a head, tied or not."""
+
+    def __init__(self, *, tied: bool, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+
+def test_two_different_tensors_are_never_loaded_into_one(tmp_path):
+    saved, _ = job(tmp_path, m=Pair(tied=False, seed=0))
+    saved.save_checkpoint(1)
+    tied = Pair(tied=True, seed=1)
+    before = tied.head.weight.clone()
+    loading, _ = job(tmp_path, m=tied)
+    with pytest.raises(
+        LoadMismatch, match=r"'embedding.weight' .* and 'head.weight' .* are one tensor in the job and two"
+    ):
+        loading.load_checkpoint()
+    assert torch.equal(tied.head.weight, before)
+
+
+def test_two_components_that_share_a_tensor_are_not_loaded_with_two(tmp_path):
+    saved, _ = job(tmp_path, a={"w": torch.zeros(2)}, b={"w": torch.ones(2)})
+    saved.save_checkpoint(1)
+    shared = torch.full((2,), 7.0)
+    loading, _ = job(tmp_path, a={"w": shared}, b={"w": shared})
+    with pytest.raises(LoadMismatch, match=r"'w' of component 'a' and 'w' of component 'b' are one tensor"):
+        loading.load_checkpoint()
+    assert shared.tolist() == [7.0, 7.0]
+
+
+def test_equal_tensors_may_be_loaded_into_one(tmp_path):
+    untied = Pair(tied=False, seed=0)
+    untied.head.weight.data.copy_(untied.embedding.weight)
+    job(tmp_path, m=untied)[0].save_checkpoint(1)
+    tied = Pair(tied=True, seed=1)
+    job(tmp_path, m=tied)[0].load_checkpoint()
+    assert torch.equal(tied.head.weight, untied.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("rule", "problem"),
+    [
+        (lambda saved, old, new: 1 / 0, "on_resize\\(\\) raised ZeroDivisionError"),
+        (lambda saved, old, new: None, "on_resize\\(\\) returned a NoneType; return the new state, a dict"),
+    ],
+)
+def test_a_rule_that_fails_tears_nothing(tmp_path, rule, problem):
+    job(tmp_path, pattern=PER_RANK, a={"w": torch.zeros(2)})[0].save_checkpoint(1)
+    box = Box({"w": torch.ones(2)})
+    loading = CheckpointCoordinator([StateComponent("a", box, GLOBAL, on_resize=rule)], tmp_path)
+    with pytest.raises(LoadMismatch, match=problem):
+        loading.load_checkpoint()
+    loading.save_checkpoint(2)  # not torn
+
+
+def test_a_function_takes_over_what_was_saved_under_another_pattern(tmp_path):
+    job(tmp_path, pattern=PER_RANK, a={"position": 5})[0].save_checkpoint(1)
+    box = Box({})
+    loading = CheckpointCoordinator(
+        [StateComponent("a", box, GLOBAL, on_resize=lambda saved, old, new: {**saved[0], "of": len(saved)})], tmp_path
+    )
+    loading.load_checkpoint()
+    assert box.items == {"position": 5, "of": 1}
+
+
+def test_a_word_or_a_number_selects_a_checkpoint_whatever_lies_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "work" / "latest").mkdir(parents=True)
+    (tmp_path / "work" / "1").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    run, _ = job(tmp_path / "run", a={"w": 1})
+    run.save_checkpoint(1)
+    assert run.load_checkpoint("latest").step == run.load_checkpoint("1").step == 1
+
+
+def test_a_step_whose_checkpoint_is_not_whole_says_why(tmp_path):
+    run, _ = job(tmp_path, a={"w": 1})
+    run.save_checkpoint(1)
+    run.save_checkpoint(2)
+    (tmp_path / "checkpoint-2" / paths.index(0, 0)).unlink()
+    with pytest.raises(CheckpointDamaged, match=r"checkpoint-2 is not whole: index-00000\.json is missing"):
+        run.load_checkpoint(2)
+
+
+def test_an_optional_component_whose_live_state_cannot_be_taken_is_left_out_of_a_load(tmp_path):
+    box = Box({"w": 1})
+    components = [StateComponent("a", box, GLOBAL, required=False), StateComponent("b", Box({"w": 2}), GLOBAL)]
+    run = CheckpointCoordinator(components, tmp_path)
+    run.save_checkpoint(1)
+    box.items = {"w": object()}
+    report = run.load_checkpoint()
+    assert report.loaded == ("b",)
+    assert "object objects cannot be checkpointed" in report.skipped["a"]
+
+
+def test_a_checkpoint_that_lost_its_manifest_is_not_taken_for_none(tmp_path):
+    run, _ = job(tmp_path, a={"w": 1})
+    run.save_checkpoint(1)
+    (tmp_path / "checkpoint-1" / paths.MANIFEST).unlink()
+    (tmp_path / "checkpoint-2").mkdir()  # somebody else's
+    with pytest.raises(
+        CheckpointDamaged, match=r"none of the 1 checkpoints .* no checkpoint_manifest\.json, but our indexes"
+    ):
+        run.load_checkpoint()

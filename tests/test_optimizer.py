@@ -8,8 +8,8 @@ from torch import nn
 
 from forgather_ckpt import CheckpointCoordinator, NamedOptimizer, SharingPattern, StateComponent
 from forgather_ckpt.component import Available, Target
-from forgather_ckpt.errors import CheckpointError, DeclarationError, LoadMismatch
-from forgather_ckpt.optimizer import unwrapped_name
+from forgather_ckpt.errors import CheckpointError, DeclarationError, LoadMismatch, StructureError
+from forgather_ckpt.optimizer import unwrapped_parameters
 from tests.states import assert_same
 
 
@@ -350,19 +350,32 @@ def test_wrappers_do_not_change_names(tmp_path):
     assert_same(flat(restored), flat(optimizer))
 
 
-@pytest.mark.parametrize(
-    ("wrapped", "name"),
-    [
-        ("module.0.weight", "0.weight"),
-        ("_orig_mod.module.0.weight", "0.weight"),
-        ("layers.1._orig_mod.weight", "layers.1.weight"),
-        ("submodule.weight", "submodule.weight"),
-        ("modules.weight", "modules.weight"),
-        ("weight", "weight"),
-    ],
-)
-def test_names_without_wrappers(wrapped, name):
-    assert unwrapped_name(wrapped) == name
+def test_names_are_those_without_compile_and_a_submodule_may_be_called_module():
+    model = nn.ModuleDict({"module": nn.Linear(2, 2), "weight": nn.Linear(1, 1)})
+    model["compiled"] = nn.ModuleDict({"_orig_mod": nn.Linear(3, 3)})  # as torch.compile names it
+    assert sorted(name for name, _ in unwrapped_parameters(model)) == [
+        "compiled.bias", "compiled.weight", "module.bias", "module.weight", "weight.bias", "weight.weight",
+    ]  # fmt: skip
+
+
+class Counting(torch.optim.SGD):
+    """Keeps state under a key that is no parameter, and more in an overridden state_dict."""
+
+    extra: dict[str, int]
+
+    def state_dict(self):
+        return {**super().state_dict(), **self.extra}
+
+
+@pytest.mark.parametrize(("key", "extra", "stray"), [("global", {}, "global"), (None, {"calls": 5}, "calls")])
+def test_state_that_belongs_to_no_parameter_is_refused_by_name(key, extra, stray):
+    model = nn.Linear(2, 2)
+    optimizer = Counting(model.parameters(), lr=0.1)
+    optimizer.extra = extra
+    if key:
+        optimizer.state[key]["calls"] = 1
+    with pytest.raises(StructureError, match=f"belongs to no parameter of its groups: .*'{stray}'"):
+        NamedOptimizer(optimizer, [model]).state_dict()
 
 
 @pytest.mark.parametrize("name", ["a/b", "~", "~i0", "x y", "α", "exp_avg", "lr"])

@@ -170,7 +170,11 @@ def test_a_portion_for_every_combination_of_sets():
         ),
         (row("w", T, "float32", [2]), row("w", T, "bfloat16", [2]), "a tensor bfloat16 [2] on rank 1"),
         (row("w"), row("w", V), "a value on rank 1"),
-        (row("w", "alias", "x"), row("w", "alias", "y"), "is the same tensor as 'x' on rank 0 and the same tensor as 'y' on rank 1"),
+        (
+            row("w", "alias", "x"),
+            row("w", "alias", "y"),
+            "is the same tensor as 'x' on rank 0 and the same tensor as 'y' on rank 1",
+        ),
     ],
 )
 def test_one_name_with_two_meanings_names_both_ranks(one, other, shown):

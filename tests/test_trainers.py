@@ -93,11 +93,48 @@ def saves(output_dir: Path) -> list[tuple[int, str]]:
         ({"resume_from_checkpoint": ""}, '"latest", "auto", or a path'),
         ({"resume_from_checkpoint": -1}, "write False to start fresh"),
         ({"resume_from_checkpoint": None}, "write False to start fresh"),
+        ({"resume_from_checkpoint": {"step": 1}}, "resume_from_checkpoint={'step': 1} is a dict: write True, False"),
+        ({"resume_from_checkpoint": [1]}, "resume_from_checkpoint=[1] is a list"),
+        ({"resume_from_checkpoint": 1.0}, "resume_from_checkpoint=1.0 is a float"),
+        ({"learning_rate": "5e-5"}, "learning_rate must be a finite number of at least 0, not '5e-5'"),
+        ({"weight_decay": None}, "weight_decay must be a finite number of at least 0, not None"),
+        ({"max_grad_norm": True}, "max_grad_norm must be a finite number of at least 0, not True"),
+        ({"max_steps": True}, "max_steps must be at least 1"),
+        ({"checkpoint_timeout_seconds": "60"}, "checkpoint_timeout_seconds must be above 0, not '60'"),
+        ({"bf16": "no"}, "bf16 must be True or False, not 'no'"),
+        ({"fp16": 1}, "fp16 must be True or False, not 1"),
+        ({"dispatch_batches": None}, "dispatch_batches must be True or False, not None"),
     ],
 )
 def test_wrong_settings_are_refused_with_what_to_write(settings, problem):
     with pytest.raises(ValueError, match=re.escape(problem)):
         TrainingArguments("runs", **settings)
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(
+            ValueError, match=f"device='{device}', but torch finds no CUDA device.*write device=\"cpu\""
+        ):
+            Trainer(make_model(), make_args(tmp_path, device=device), Points())
+
+
+def test_what_the_loop_cannot_step_is_refused_when_the_trainer_is_made(tmp_path):
+    model = make_model()
+    with pytest.raises(ValueError, match=r"LBFGS\.step\(\) needs a closure.*or override apply_gradients"):
+        Trainer(model, make_args(tmp_path), Points(), optimizer=torch.optim.LBFGS(model.parameters()))
+    sgd = torch.optim.SGD(model.parameters())
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(sgd)
+    with pytest.raises(ValueError, match=r"ReduceLROnPlateau\.step\(\) needs a metric.*or override apply_gradients"):
+        Trainer(model, make_args(tmp_path), Points(), optimizer=sgd, lr_scheduler=plateau)
+
+    class Own(Trainer):
+        def apply_gradients(self) -> None:
+            self.optimizer.step()
+            self.lr_scheduler.step(1.0)
+
+    Own(model, make_args(tmp_path), Points(), optimizer=sgd, lr_scheduler=plateau).train()
 
 
 def test_settings_become_plain_data():

@@ -108,7 +108,7 @@ def _json_of(manifest: CheckpointManifest) -> Any:
 
 def _header(checkpoint: Checkpoint, now: datetime.datetime) -> Iterator[str]:
     manifest = checkpoint.manifest
-    epoch = "" if manifest.epoch is None else f"  epoch {text.value(manifest.epoch)}"
+    epoch = "" if manifest.epoch is None else f"  epoch {text.epoch(manifest.epoch)}"
     saved = text.printable(manifest.created).replace("T", " ").replace("+00:00", " UTC")
     ranks = text.plural(manifest.world_size, "rank")
     nodes = text.plural(len(manifest.topology.nodes), "node")

@@ -31,6 +31,7 @@ def ls(directory: Path, as_json: bool) -> None:
     unless given. STATE is "ok" for a committed checkpoint: its manifest is whole and all files have their sizes.
     `fgckpt verify` checks the bytes too.
     """
+    selection.refuse_checkpoint(directory)
     catalog = selection.scan(directory)
     if as_json:
         selection.write_json("fgckpt.ls/1", _data(directory, catalog))
@@ -72,7 +73,7 @@ def _row(checkpoint: Checkpoint, metric: str | None, now: datetime.datetime) -> 
     name = checkpoint.path.name
     return [
         str(manifest.step),
-        "-" if manifest.epoch is None else text.value(manifest.epoch),
+        "-" if manifest.epoch is None else text.epoch(manifest.epoch),
         age_of(manifest.created, now),
         text.printable(manifest.kind),
         *([] if metric is None else [_metric(manifest, metric)]),

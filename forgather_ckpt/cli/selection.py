@@ -48,6 +48,15 @@ def scan(run: Path) -> Catalog:
     return catalog.scan(run)
 
 
+def refuse_checkpoint(run: Path) -> None:
+    """A checkpoint is no run directory; who names one means what is in it."""
+    if os.path.lexists(run / paths.MANIFEST):
+        raise CheckpointNotFound(
+            f"{str(run)!r} is a checkpoint, not a run directory; see `fgckpt show {run}`, or `fgckpt ls {run.absolute().parent}`",
+            path=str(run),
+        )
+
+
 def of_newer_version(found: Catalog) -> Rejected | None:
     """A checkpoint that a newer version wrote: a resume from "latest" refuses to take an older one for it."""
     return next((rejected for rejected in found.rejected if isinstance(rejected.error, UnsupportedVersion)), None)

@@ -49,5 +49,12 @@ def value(data: Any) -> str:
     return printable(json.dumps(data))
 
 
+def epoch(data: Any) -> str:
+    """An epoch with 4 significant digits (all those before the point), or what the manifest has in its place."""
+    if not isinstance(data, float):
+        return value(data)
+    return f"{data:.4g}" if abs(data) < 1000 else f"{data:.0f}"
+
+
 def shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -72,7 +72,8 @@ class GlobalPosition:
 
 
 def merge_positions(saved: Sequence[Mapping[str, Any]], old: Topology, new: Topology) -> dict[str, Any]:
-    """The `on_resize` rule of a dataset that is PER_RANK: go on with the next sample at another world size.
+    """The `on_resize` rule of a dataset: go on with the next sample at another world size, and when one rank reads for
+    all that read for themselves before, or the other way round.
 
     Every rank saved the same global position, so any of them will do; that they agree is checked.
     """

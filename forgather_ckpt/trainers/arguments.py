@@ -53,9 +53,17 @@ class TrainingArguments:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)!r}")
-        if not isinstance(self.max_steps, int) or (self.max_steps < 1 and self.max_steps != -1):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
+        for name in ("fp16", "bf16", "dispatch_batches"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if (
+            isinstance(self.max_steps, bool)
+            or not isinstance(self.max_steps, int)
+            or (self.max_steps < 1 and self.max_steps != -1)
+        ):
             raise ValueError(
                 f"max_steps must be at least 1, or -1 to train for num_train_epochs, not {self.max_steps!r}"
             )
@@ -68,7 +76,7 @@ class TrainingArguments:
             )
         if self.fp16 and self.bf16:
             raise ValueError("fp16 and bf16 exclude each other; on hardware that has both, bf16 needs no loss scaling")
-        if not self.checkpoint_timeout_seconds > 0:
+        if not _is_number(self.checkpoint_timeout_seconds) or not self.checkpoint_timeout_seconds > 0:
             raise ValueError(f"checkpoint_timeout_seconds must be above 0, not {self.checkpoint_timeout_seconds!r}")
         self._check_resume()
 
@@ -85,6 +93,13 @@ class TrainingArguments:
                 )
             case None:
                 raise ValueError("resume_from_checkpoint=None: write False to start fresh")
+            case int() | str():
+                pass
+            case other:
+                raise ValueError(
+                    f"resume_from_checkpoint={other!r} is a {type(other).__name__}: write True, False, a step as a number, "
+                    '"latest", "auto", or a path'
+                )
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -94,6 +109,10 @@ class TrainingArguments:
     def to_json(self) -> dict[str, Any]:
         """The settings as plain data, for the manifest."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 _AT_LEAST = {

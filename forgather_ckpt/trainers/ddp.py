@@ -63,9 +63,8 @@ class DDPTrainer(Trainer):
         return super().create_loader(dataset)
 
     def data_component(self) -> StateComponent:
-        if self.args.dispatch_batches:
-            return StateComponent("dataset", self.loader, SharingPattern.GLOBAL)
-        return StateComponent("dataset", self.loader, SharingPattern.PER_RANK, on_resize=merge_positions)
+        pattern = SharingPattern.GLOBAL if self.args.dispatch_batches else SharingPattern.PER_RANK
+        return StateComponent("dataset", self.loader, pattern, on_resize=merge_positions)
 
     def gradient_exchange(self, is_last: bool) -> AbstractContextManager[None]:
         return nullcontext() if is_last else self.wrapped.no_sync()

@@ -1,5 +1,6 @@
 """A training loop for one process: what it declares is saved, and a resume is exact to the bit."""
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -10,12 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.amp import GradScaler
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from forgather_ckpt.component import StateComponent
 from forgather_ckpt.coordinator import CheckpointCoordinator
 from forgather_ckpt.data.batches import Batch, Samples, map_leaves
 from forgather_ckpt.data.loader import StatefulLoader, in_groups
+from forgather_ckpt.data.position import merge_positions
 from forgather_ckpt.data.seeding import mixed_seed, seed_all
 from forgather_ckpt.errors import CheckpointNotFound
 from forgather_ckpt.optimizer import NamedOptimizer
@@ -56,6 +58,7 @@ class Trainer:
     ) -> None:
         if lr_scheduler is not None and optimizer is None:
             raise ValueError("lr_scheduler= was made for an optimizer: give that one too, as optimizer=")
+        refuse_missing_device(args.device)
         self.args = args
         self.data_collator = data_collator
         self.on_step_end = tuple(on_step_end)
@@ -75,6 +78,8 @@ class Trainer:
         self.total_steps = self.count_total_steps()
         self.optimizer = optimizer or self.create_optimizer()
         self.lr_scheduler = lr_scheduler or self.create_scheduler(self.optimizer)
+        if type(self).apply_gradients is Trainer.apply_gradients and type(self).training_step is Trainer.training_step:
+            refuse_unusable(self.optimizer, self.lr_scheduler)
         self.scaler = GradScaler(self.device.type, enabled=args.fp16)
         self.history: list[tuple[int, float]] = []
         """(step, mean loss since the entry before) every `logging_steps`, of this process's life only."""
@@ -248,7 +253,7 @@ class Trainer:
         return components
 
     def data_component(self) -> StateComponent:
-        return StateComponent("dataset", self.loader, SharingPattern.GLOBAL)
+        return StateComponent("dataset", self.loader, SharingPattern.GLOBAL, on_resize=merge_positions)
 
     def join_job(self) -> tuple[torch.device, int, int]:
         """The device of this process, its rank and the world size."""
@@ -304,3 +309,28 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile`'s wrapper, whose names do not begin with `_orig_mod.`."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def refuse_missing_device(device: str | None) -> None:
+    if device is None or torch.device(device).type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f'device={device!r}, but torch finds no CUDA device here (torch {torch.__version__}); write device="cpu", or '
+            "None for what there is"
+        )
+
+
+def refuse_unusable(optimizer: torch.optim.Optimizer, lr_scheduler: LRScheduler) -> None:
+    """Refuse what the loop, which calls `step()` without arguments, could not drive."""
+    parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    if any(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in parameters):
+        raise ValueError(
+            f"{type(optimizer).__name__}.step() needs a closure that computes the loss again, and the training loop gives "
+            "none; use an optimizer that steps without one, or override apply_gradients"
+        )
+    if isinstance(lr_scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "ReduceLROnPlateau.step() needs a metric, and the training loop gives none; use a schedule that depends on the "
+            "step alone, or override apply_gradients"
+        )

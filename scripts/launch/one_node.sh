@@ -9,9 +9,16 @@
 #   MAX_RESTARTS      how often a failed job is started again (3)
 #   SHUTDOWN_TIMEOUT  seconds that a process gets to end by itself when the job is stopped (60)
 set -euo pipefail
+usage() {
+    sed -n '2,/^set/{/^#/!d;s/^# \{0,1\}//;p}' "$0"
+}
 if (($# == 0)); then
-    sed -n '2,/^set/{/^#/!d;s/^# \{0,1\}//;p}' "$0" >&2
+    usage >&2
     exit 2
+fi
+if [[ "$1" == -h || "$1" == --help ]]; then
+    usage
+    exit 0
 fi
 
 # Without it the agent and the workers share a store: after a restart they would find addresses of dead processes in

@@ -16,8 +16,15 @@
 # When a machine is lost, the others restart from the newest good checkpoint. When it is HEAD that is lost, all agents
 # end with an error, because it holds the rendezvous: start the job again, with another HEAD.
 set -euo pipefail
+usage() {
+    sed -n '2,/^set/{/^#/!d;s/^# \{0,1\}//;p}' "$0"
+}
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    usage
+    exit 0
+fi
 if (($# == 0)) || [[ -z "${HEAD:-}" || -z "${NNODES:-}" ]]; then
-    sed -n '2,/^set/{/^#/!d;s/^# \{0,1\}//;p}' "$0" >&2
+    usage >&2
     exit 2
 fi
 

@@ -13,9 +13,16 @@
 # Uses GPUs if there is one for each process, else CPUs. Returns the exit code of the first node that failed, or 0;
 # leaves no process behind.
 set -euo pipefail
+usage() {
+    sed -n '2,/^set/{/^#/!d;s/^# \{0,1\}//;p}' "$0"
+}
 if (($# == 0)); then
-    sed -n '2,/^set/{/^#/!d;s/^# \{0,1\}//;p}' "$0" >&2
+    usage >&2
     exit 2
+fi
+if [[ "$1" == -h || "$1" == --help ]]; then
+    usage
+    exit 0
 fi
 
 NNODES="${NNODES:-2}"
