@@ -382,3 +382,28 @@ def test_another_world_size_neither_repeats_nor_leaves_out_a_sample(tmp_path, ol
     # Random streams belong to a rank of one world size: new ones begin, one a rank, and not those of step 1 again.
     fresh = [state for _, state in values(run(after, lambda rank, world_size: other_life(tmp_path / "fresh", 1)))]
     assert len({*states, *fresh}) == 2 * new
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (Kind(DDPTrainer, 2, (("dispatch_batches", True),)), Kind(DDPTrainer, 2)),
+        (Kind(DDPTrainer, 2), Kind(DDPTrainer, 2, (("dispatch_batches", True),))),
+        (Kind(Trainer, 1), Kind(DDPTrainer, 2)),
+        (Kind(DDPTrainer, 2), Kind(Trainer, 1)),
+    ],
+    ids=str,
+)
+def test_b34_who_reads_the_data_may_change_between_runs(tmp_path, before, after):
+    def first_life(rank: int, world_size: int) -> list[list[int]]:
+        return live(before, tmp_path, max_steps=1).batches
+
+    def next_life(rank: int, world_size: int) -> Life:
+        return live(after, tmp_path, max_steps=2)
+
+    first = in_order_of_reading(values(run(before, first_life)))
+    lives = values(run(after, next_life))
+    assert all(life.first_step == 2 for life in lives)
+    read = first + in_order_of_reading([life.batches for life in lives])
+    assert len(read) > len(first)
+    assert read == epoch_order(GlobalPosition(53, seed=42)).tolist()[: len(read)]
