@@ -30,8 +30,8 @@ _LIVENESS_SECONDS = 0.25
 _MAX_POLL_SECONDS = 0.05
 _DECIDING, _SPOKEN = "deciding", "spoken"
 """What rank 0 claims a phase with; an impatient rank claims it with its error, and the first one counts for all."""
-_KEPT_OPERATIONS = 4
-"""Verdicts of so many operations stay in the store, for ranks that come late to one that has failed."""
+_KEPT_OPERATIONS = 64
+"""Messages of so many operations stay in the store, for ranks that come late to one that has failed."""
 
 
 class _Interrupted(Exception):
@@ -75,10 +75,11 @@ class Comm:
                 self._store.delete_key(key)
 
     def _is_over(self, operation: int) -> bool:
-        """Whether an operation has failed in its first phase, as it does when a rank never comes to it."""
+        """Whether the others have given up waiting in an operation's first phase, as when a rank never comes to it."""
         verdict, claim = f"{operation}/1/verdict", f"{operation}/1/claim"
         if self._store.check([verdict]):
-            return "error" in json.loads(self._store.get(verdict))
+            error = json.loads(self._store.get(verdict)).get("error", {})
+            return bool(error.get("type") == RankTimeout.__name__)
         if not self._store.check([claim]):
             return False
         return self._store.get(claim) not in (_DECIDING.encode(), _SPOKEN.encode())

@@ -34,20 +34,20 @@ def describe() -> dict[str, Any]:
 
 def _commit(directory: Path) -> str | None:
     """The commit that is checked out around `directory`, read from git's own files."""
-    for parent in (directory, *directory.parents):
-        git = parent / ".git"
-        try:
-            head = (git / "HEAD").read_text().strip()
-            if not head.startswith("ref: "):
-                return head
-            reference = head.removeprefix("ref: ")
-            if (git / reference).is_file():
-                return (git / reference).read_text().strip()
-            packed = (git / "packed-refs").read_text().splitlines()
-            return next((line.split()[0] for line in packed if line.endswith(f" {reference}")), None)
-        except OSError:
-            continue
-    return None
+    git = next((found for parent in (directory, *directory.parents) if (found := parent / ".git").is_dir()), None)
+    if git is None:
+        return None
+    try:
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        reference = head.removeprefix("ref: ")
+        if (git / reference).is_file():
+            return (git / reference).read_text().strip()
+        packed = (git / "packed-refs").read_text().splitlines()
+        return next((line.split()[0] for line in packed if line.endswith(f" {reference}")), None)
+    except OSError:
+        return None
 
 
 def redact(data: Any, name: str = "") -> Any:

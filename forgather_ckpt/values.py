@@ -285,6 +285,8 @@ def _decode_dtype(name: str) -> Any:
 def _decode_device(text: str) -> Any:
     import torch
 
+    if type(text) is not str:
+        raise ValueError(f"{text!r} is not a string")
     try:
         return torch.device(text)
     except RuntimeError as err:
