@@ -41,18 +41,20 @@ def bounce_buffer(*, pinned: bool) -> torch.Tensor:
 
 
 def gathered(parts: Sequence[torch.Tensor]) -> tuple[memoryview, list[memoryview]]:
-    """A copy of 1-D uint8 tensors of one device, of a block together at most, one after the other in host memory; and
+    """A copy of 1-D uint8 tensors, of a block together at most, one after the other in host memory; and
     each part of it. What is live may change from now on. Valid until this thread asks again."""
     ends = list(itertools.accumulate(part.numel() for part in parts))
-    is_host = all(part.device.type == "cpu" for part in parts)
+    devices = {part.device for part in parts}
+    is_host = all(device.type == "cpu" for device in devices)
     buffer = bounce_buffer(pinned=not is_host)
-    if is_host:
+    if len(devices) == 1 and not is_host:  # one copy from the device, not one for each
+        parts = [torch.cat(list(parts))] if len(parts) > 1 else parts
+        buffer[: ends[-1]].copy_(parts[0])
+    else:
         for part, end in zip(parts, ends, strict=True):
             buffer[end - part.numel() : end].copy_(part)
-    else:  # one copy from the device, not one for each
-        buffer[: ends[-1]].copy_(torch.cat([part for part in parts if part.numel()]))
     copy = host_view(buffer)[: ends[-1]]
-    return copy, [copy[end - part.numel() : end] for part, end in zip(parts, ends, strict=True)]
+    return copy, [copy[start:end] for start, end in itertools.pairwise([0, *ends])]
 
 
 def wait_for_devices(tensors: Iterable[torch.Tensor]) -> None:
