@@ -64,6 +64,9 @@ def publish(draft: Draft, manifest: CheckpointManifest) -> tuple[Path, str]:
     Returns where it is, and the manifest's digest.
     """
     data = manifest.to_bytes()
+    digest = CheckpointManifest.from_bytes(
+        data
+    ).digest  # what could not be read back is refused now, not after the rename
     with files.typed_errors(draft.directory, "committing the checkpoint"):
         files.write_new(draft.directory / paths.MANIFEST, data)
         files.sync_directory(draft.directory)
@@ -71,7 +74,7 @@ def publish(draft: Draft, manifest: CheckpointManifest) -> tuple[Path, str]:
         files.sync_directory(draft.run)
     if old is not None:
         _discard_quietly(old, draft.nonce)
-    return draft.final, CheckpointManifest.from_bytes(data).digest
+    return draft.final, digest
 
 
 def _take_name(draft: Draft) -> Path | None:

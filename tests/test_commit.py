@@ -1,5 +1,6 @@
 """From a fresh directory to a checkpoint: in the one order that is safe, whatever fails on the way."""
 
+import dataclasses
 import errno
 import os
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from forgather_ckpt import CheckpointCoordinator, SharingPattern, StateComponent, catalog, commit, files, paths
-from forgather_ckpt.errors import NoSpace, StorageError
+from forgather_ckpt.errors import FormatError, NoSpace, StorageError
 from tests.checkpoints import commit_one, contents, fill, tree
 from tests.components import Box
 from tests.system_calls import watched
@@ -34,6 +35,15 @@ def test_a_checkpoint_is_what_was_published(tmp_path):
         f"{path.name}/model.safetensors",
     }
     assert catalog.read_checkpoint(path).manifest.digest == digest
+
+
+def test_a_manifest_that_could_not_be_read_back_is_refused_before_anything_is_published(tmp_path):
+    draft = commit.begin(tmp_path, 5)
+    unreadable = dataclasses.replace(fill(draft, b"content"), step=2**63)
+    before = tree(tmp_path)
+    with pytest.raises(FormatError, match="field 'step'"):
+        commit.publish(draft, unreadable)
+    assert tree(tmp_path) == before
 
 
 def test_every_draft_has_a_directory_of_its_own(tmp_path):
