@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from forgather_ckpt.component import StateComponent, Target
     from forgather_ckpt.coordinator import CheckpointCoordinator
-    from forgather_ckpt.errors import CheckpointError, CheckpointNotFound
+    from forgather_ckpt.differences import ReplicationReport
+    from forgather_ckpt.errors import CheckpointError, CheckpointNotFound, ReplicaMismatch
     from forgather_ckpt.load import LoadReport
     from forgather_ckpt.manifest import CheckpointManifest
     from forgather_ckpt.optimizer import NamedOptimizer
@@ -25,6 +26,8 @@ _MODULES = {
     "LoadReport": "load",
     "NamedOptimizer": "optimizer",
     "RNGState": "rng",
+    "ReplicaMismatch": "errors",
+    "ReplicationReport": "differences",
     "SharingPattern": "patterns",
     "StateComponent": "component",
     "Target": "component",
@@ -40,6 +43,8 @@ __all__ = [
     "LoadReport",
     "NamedOptimizer",
     "RNGState",
+    "ReplicaMismatch",
+    "ReplicationReport",
     "SharingPattern",
     "StateComponent",
     "Target",

@@ -1,24 +1,27 @@
 """The replication check: do the copies that ranks hold agree?
 
-In the good case one 16-byte root a rank and portion is exchanged. Where roots differ, the leaves of those portions
-are, so that the error names the items and the ranks in the minority.
+In the good case one 16-byte root a rank and portion is exchanged, at FULL after the bytes themselves have been
+compared. Where copies differ, `mismatch` finds out in what and how far.
 """
 
+import datetime
+import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from forgather_ckpt import hashtree, memory
-from forgather_ckpt.comm import Comm
+from forgather_ckpt import bytewise, digests, files, hashtree, memory, mismatch, paths, strict_json
 from forgather_ckpt.component import StateComponent
-from forgather_ckpt.errors import ReplicaMismatch
+from forgather_ckpt.differences import ReplicationReport, SetDifference, report_json
+from forgather_ckpt.digests import Blocks
+from forgather_ckpt.errors import CheckpointError, StorageError
 from forgather_ckpt.holdings import Holding
+from forgather_ckpt.job import Job
 from forgather_ckpt.patterns import ValidationLevel
 from forgather_ckpt.portions import Portion
-from forgather_ckpt.replication import Verdict, describe, vote
-from forgather_ckpt.topology import Ranks
+from forgather_ckpt.replication import Verdict, vote
 
-_NUM_NAMED_ITEMS = 5
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,24 +30,56 @@ class Finding:
 
     level: ValidationLevel
     verdict: Verdict
-    digest: str
-    """Of the majority's state."""
-    items: tuple[str, ...] = ()
-    """The items that differ, where any do."""
+    excluded: tuple[str, ...] = ()
+    """The items that were not compared."""
+    difference: SetDifference | None = None
+    """None where all copies agree."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome of a check: findings by portion number, equal on all ranks, and this rank's block digests."""
+    """The outcome of a check: findings by portion number, equal on all ranks, and what this rank knows of its copies."""
 
     findings: Mapping[int, Finding]
-    blocks: Mapping[int, Mapping[str, tuple[bytes, ...]]]
-    """Portion number -> tensor name -> block digests, of the compared portions that this rank holds."""
+    blocks: Mapping[int, Blocks]
+    """Portion number -> block digests of the compared tensors."""
+    on_host: Collection[int]
+    """The portions whose digests are all of the host's algorithm, wherever their tensors lie."""
     seconds: float = 0.0
 
     @property
     def mismatches(self) -> dict[int, Finding]:
-        return {number: finding for number, finding in self.findings.items() if not finding.verdict.is_equal}
+        return {number: finding for number, finding in self.findings.items() if finding.difference is not None}
+
+    def renumbered(self, kept: Mapping[int, int]) -> "Comparison":
+        """The same of some portions, under new numbers."""
+        return Comparison(
+            {kept[old]: finding for old, finding in self.findings.items() if old in kept},
+            {kept[old]: blocks for old, blocks in self.blocks.items() if old in kept},
+            {kept[old] for old in self.on_host if old in kept},
+            self.seconds,
+        )
+
+    def host_blocks(self, holding: Holding) -> Blocks:
+        """The digests that the write stream will take again."""
+        return {
+            name: blocks
+            for name, blocks in self.blocks.get(holding.number, {}).items()
+            if holding.number in self.on_host or digests.is_on_host(holding.tensors[name])
+        }
+
+    def refuse_changed(self, held: Sequence[Holding]) -> None:
+        """`CheckpointError` if a tensor on a device is no longer what was compared."""
+        for holding in held:
+            known, on_host = self.blocks.get(holding.number, {}), self.host_blocks(holding)
+            items = [holding.tensors[name] for name in known if name not in on_host]
+            for name, blocks in digests.block_digests(items).items():
+                if blocks != known[name]:
+                    raise CheckpointError(changed(name), component=holding.portion.component)
+
+
+def changed(name: str) -> str:
+    return f"{name!r} changed while it was being saved; nothing may modify the state until the call returns"
 
 
 def level_of(portion: Portion, component: StateComponent) -> ValidationLevel:
@@ -53,10 +88,7 @@ def level_of(portion: Portion, component: StateComponent) -> ValidationLevel:
 
 
 def compare(
-    comm: Comm,
-    portions: Sequence[Portion],
-    held: Sequence[Holding],
-    levels: Mapping[int, ValidationLevel],
+    job: Job, portions: Sequence[Portion], held: Sequence[Holding], levels: Mapping[int, ValidationLevel]
 ) -> Comparison:
     """Compare the portions in `levels` (by number) among their holders; differences are findings, not errors.
 
@@ -64,99 +96,124 @@ def compare(
     """
     started = time.perf_counter()
     if not levels:
-        return Comparison({}, {})
-    compared = [holding for holding in held if holding.number in levels]
-    blocks: dict[int, dict[str, tuple[bytes, ...]]] = {}
+        return Comparison({}, {}, ())
+    compared = [holding.compared() for holding in held if holding.number in levels]
+    excluded = {holding.number: holding.excluded() for holding in held if holding.number in levels}
+    blocks: dict[int, Blocks] = {}
 
-    def roots() -> dict[str, str]:
+    def roots(numbers: Collection[int], *, on_host: bool) -> dict[str, Root]:
+        taken = {}
         for holding in compared:
-            blocks[holding.number] = memory.block_digests(holding.tensors.values(), comm.beat)
-        return {
-            str(holding.number): hashtree.state_digest(_records(holding, blocks[holding.number])).hex()
-            for holding in compared
-        }
+            if holding.number in numbers:
+                tensors = holding.tensors.values()
+                blocks[holding.number] = digests.block_digests(tensors, job.comm.beat, on_host=on_host)
+                root = hashtree.state_digest(_records(holding, blocks[holding.number])).hex()
+                names = "" if on_host else digests.device_names(tensors)
+                taken[str(holding.number)] = (root, names, excluded[holding.number])
+        return taken
 
-    def decide(reports: list[dict[str, str]]) -> dict[str, list[list[int] | str]]:
-        told: dict[str, list[list[int] | str]] = {}
-        for number in levels:
-            digests = {rank: bytes.fromhex(reports[rank][str(number)]) for rank in portions[number].holders}
-            verdict = vote(digests)
-            told[str(number)] = [list(verdict.majority), list(verdict.minority), digests[verdict.majority[0]].hex()]
-        return told
-
-    told = comm.agree("comparing the copies", roots, decide)
-    verdicts = {
-        int(number): Verdict(tuple(majority), tuple(minority)) for number, (majority, minority, _) in told.items()
-    }
+    told = job.comm.agree(
+        "comparing the copies", lambda: roots(levels, on_host=False), lambda told: _decide(portions, levels, told)
+    )
+    on_host = [int(number) for number, (classes, _) in told.items() if not classes]
+    if on_host:
+        told |= job.comm.agree(
+            "comparing the copies", lambda: roots(on_host, on_host=True), lambda told: _decide(portions, on_host, told)
+        )
+    verdicts = {int(number): Verdict(tuple(map(tuple, classes))) for number, (classes, _) in told.items()}
+    suspects: bytewise.Suspects = {}
+    if full := [number for number, level in levels.items() if level is ValidationLevel.FULL]:
+        verdicts |= bytewise.compare(job, compared, {number: verdicts[number] for number in full}, suspects)
     differing = {number: verdict for number, verdict in verdicts.items() if not verdict.is_equal}
-    items = _differing_items(comm, differing, compared, blocks) if differing else {}
+    found: dict[int, SetDifference] = {}
+    if differing:
+        leaves = {
+            holding.number: list(_records(holding, blocks[holding.number]))
+            for holding in compared
+            if holding.number in differing
+        }
+        found = mismatch.locate(job, portions, compared, differing, leaves, blocks, suspects)
     findings = {
-        number: Finding(levels[number], verdict, told[str(number)][2], tuple(items.get(number, ())))
+        number: Finding(levels[number], verdict, tuple(told[str(number)][1]), found.get(number))
         for number, verdict in verdicts.items()
     }
-    return Comparison(findings, blocks, time.perf_counter() - started)
+    return Comparison(findings, blocks, on_host, time.perf_counter() - started)
 
 
-def _records(holding: Holding, blocks: Mapping[str, tuple[bytes, ...]]) -> Iterator[tuple[str, bytes, bytes]]:
+Root = tuple[str, str, list[str]]
+"""A rank's root of a portion, which tensors have device digests in it, and the names that were left out."""
+
+
+def _decide(
+    portions: Sequence[Portion], numbers: Iterable[int], reports: Sequence[Mapping[str, Root]]
+) -> dict[str, tuple[list[list[int]], list[str]]]:
+    """By portion: the ranks with equal copies, none where some holders have on a device what others have on the host
+    and all must take host digests; and the names that were left out."""
+    told = {}
+    for number in numbers:
+        copies = {rank: reports[rank][str(number)] for rank in portions[number].holders}
+        is_comparable = len({device_names for _, device_names, _ in copies.values()}) == 1
+        verdict = vote({rank: root for rank, (root, _, _) in copies.items()})
+        classes = [list(ranks) for ranks in verdict.classes] if is_comparable else []
+        told[str(number)] = (classes, copies[portions[number].holders[0]][2])
+    return told
+
+
+def _records(holding: Holding, blocks: Blocks) -> Iterator[tuple[str, bytes, bytes]]:
     return memory.records(
         holding.tensors.values(),
         holding.values.values(),
         holding.aliases.values(),
-        {name: hashtree.join(digests) for name, digests in blocks.items()},
+        {name: hashtree.join(taken) for name, taken in blocks.items()},
     )
 
 
-def _differing_items(
-    comm: Comm,
-    differing: Mapping[int, Verdict],
-    compared: Sequence[Holding],
-    blocks: Mapping[int, Mapping[str, tuple[bytes, ...]]],
-) -> dict[int, list[str]]:
-    def leaves() -> dict[str, dict[str, str]]:
-        return {
-            str(holding.number): {
-                name: hashtree.digest(structure + digest).hex()
-                for name, structure, digest in _records(holding, blocks[holding.number])
-            }
-            for holding in compared
-            if holding.number in differing
-        }
-
-    def decide(reports: list[dict[str, dict[str, str]]]) -> dict[str, list[str]]:
-        named = {}
-        for number, verdict in differing.items():
-            reference = reports[verdict.majority[0]][str(number)]
-            copies = [reports[rank][str(number)] for rank in verdict.minority]
-            named[str(number)] = sorted(
-                name for name, digest in reference.items() if any(copy.get(name) != digest for copy in copies)
-            )
-        return named
-
-    told = comm.agree("finding the items that differ", leaves, decide)
-    return {int(number): names for number, names in told.items()}
-
-
-def mismatch(
-    portions: Sequence[Portion], mismatches: Mapping[int, Finding], groups: Mapping[str, str | None]
-) -> ReplicaMismatch:
-    """The error for copies that differ; the same text on every rank."""
-    told = []
-    for number, finding in mismatches.items():
-        portion = portions[number]
-        shown = ", ".join(repr(name) for name in finding.items[:_NUM_NAMED_ITEMS])
-        more = (
-            f" and {len(finding.items) - _NUM_NAMED_ITEMS} more items" if len(finding.items) > _NUM_NAMED_ITEMS else ""
+def reports(
+    portions: Sequence[Portion], comparison: Comparison, components: Iterable[StateComponent]
+) -> dict[str, ReplicationReport]:
+    """What the check found, by component; only those that have several holders."""
+    found = {}
+    for component in components:
+        numbers = [n for n in comparison.findings if portions[n].component == component.key]
+        findings = [comparison.findings[number] for number in numbers]
+        if not findings:
+            continue
+        excluded = tuple(sorted({name for finding in findings for name in finding.excluded}))
+        found[component.key] = ReplicationReport(
+            component=component.key,
+            group=component.process_group_name,
+            level=strongest(finding.level for finding in findings),
+            num_items=sum(portions[n].num_items - len(comparison.findings[n].excluded) for n in numbers),
+            excluded=excluded,
+            seconds=comparison.seconds,
+            differences=tuple(finding.difference for finding in findings if finding.difference is not None),
         )
-        told.append(
-            f"{portion.component!r} differs between {_ranks(finding.verdict.majority)} and "
-            f"{_ranks(finding.verdict.minority)} at {shown}{more}; expected identical state in "
-            f"{groups[portion.component] or 'all holders'} ({describe(portion.holders)})"
-        )
-    first = next(iter(mismatches))
-    return ReplicaMismatch(
-        "; ".join(told), rank=mismatches[first].verdict.minority[0], component=portions[first].component
-    )
+    return found
 
 
-def _ranks(ranks: Ranks) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks [{describe(ranks)}]"
+def strongest(levels: Iterable[ValidationLevel]) -> ValidationLevel:
+    return max(levels, key=list(ValidationLevel).index)
+
+
+def leave_report(job: Job, found: Mapping[str, ReplicationReport], step: int | None) -> None:
+    """Write what a failed check found into the run directory, for people and tools. Rank 0 writes, and all wait for it;
+    an error is only told."""
+    if all(report.is_equal for report in found.values()):
+        return
+
+    def write() -> None:
+        if job.comm.rank != 0:
+            return
+        path = job.run / paths.replication_report(step)
+        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        data = strict_json.pretty(report_json(found, step, created, job.on_mismatch))
+        try:
+            with files.typed_errors(path, "writing the replication report"):
+                files.make_directory(job.run)
+                files.replace(path, data)
+        except StorageError as err:
+            logger.warning("%s", err)
+        else:
+            logger.warning("copies differ; the report is %s", path)
+
+    job.comm.agree("writing the replication report", write)

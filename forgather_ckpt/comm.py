@@ -19,6 +19,7 @@ import torch.distributed as dist
 from forgather_ckpt.errors import CheckpointError, RankFailed, RankTimeout, from_wire
 from forgather_ckpt.liveness import ProcessId
 from forgather_ckpt.replication import describe
+from forgather_ckpt.topology import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,52 @@ class Comm:
             return
         self._next_beat = now + min(0.5, self.timeout_seconds / 10)
         self._store.add(f"beat/{self.rank}", 1)
+        self._leave_if_failed()
+
+    def wait_for(self, others: Ranks, is_done: Callable[[], bool], what: str) -> None:
+        """Inside the work of a phase: wait for what the work of `others` brings about, such as a broadcast.
+
+        Leaves when the phase has failed elsewhere. `RankTimeout` names who died or, at the deadline, who shows no sign
+        of life; where all do, that nothing came of it.
+        """
+        started = time.monotonic()
+        next_look = started + _LIVENESS_SECONDS
+        signs: dict[int, tuple[int, float]] = {}
+        pause = 0.0
+        while not is_done():
+            time.sleep(pause)
+            now = time.monotonic()
+            if now < next_look:
+                pause = 20e-6 if now < started + 0.05 else 0.002
+                continue
+            next_look = now + _LIVENESS_SECONDS
+            self._store.add(f"waits/{self.rank}", 1)
+            self._leave_if_failed()
+            if dead := [rank for rank in others if self._is_dead(rank)]:
+                raise RankTimeout(f"{what} failed: {self._name_dead(dead)}", rank=dead[0])
+            for rank in others:
+                sign = self.progress_of(rank) + int(self._store.add(f"waits/{rank}", 0))
+                if rank not in signs or signs[rank][0] != sign:
+                    signs[rank] = (sign, now)
+            if now - started > self.timeout_seconds:
+                silent = [rank for rank, (_, seen) in signs.items() if now - seen > self._silence_seconds]
+                told = f"no sign of life from {_ranks(silent)}" if silent else "all ranks wait, and nothing comes"
+                raise RankTimeout(
+                    f"{what} failed: {told} within {self.timeout_seconds:g} s (timeout_seconds)",
+                    rank=silent[0] if silent else None,
+                )
+
+    @property
+    def _silence_seconds(self) -> float:
+        """After so long without a sign a rank counts as silent: several times what lies between two of its signs."""
+        return min(4.0, self.timeout_seconds / 2)
+
+    def channel_store(self, name: str) -> dist.Store:
+        """A connection to the job's store of its own, for a process group among some ranks; fresh in every phase."""
+        store: Any = self._store
+        return dist.PrefixStore(f"{self._operation}/{self._phase}/{name}", store.clone())
+
+    def _leave_if_failed(self) -> None:
         prefix = self._working_on
         # there can be no good verdict yet: that takes this rank's message
         if prefix and (self._store.check([f"{prefix}/failed"]) or self._store.check([f"{prefix}/verdict"])):

@@ -78,6 +78,9 @@ class StateComponent:
     """For local names, when the set is not found again: fail, start fresh with a warning, or build a new state."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Plain data for the manifest."""
+    validation_exclude: Sequence[str] = ()
+    """Shell patterns of item names that are not compared, such as "*.running_mean": what differs by design, or is of
+    no account. They are stored as the lowest rank of the majority has them, and the manifest names them."""
     _has_own_level: bool = field(init=False, repr=False, compare=False, default=False)
 
     def __post_init__(self) -> None:
@@ -103,6 +106,14 @@ class StateComponent:
                 choices = ", ".join(repr(level.value) for level in ValidationLevel)
                 raise refuse(f"{self.validation_level!r} is not a validation level; use one of {choices}") from None
         object.__setattr__(self, "validation_level", level)
+        if isinstance(self.validation_exclude, (str, bytes)) or not all(
+            isinstance(pattern, str) and pattern for pattern in self.validation_exclude
+        ):
+            raise refuse(
+                f"validation_exclude is {self.validation_exclude!r}; use a list of patterns of item names, such as "
+                '["*.running_mean"]'
+            )
+        object.__setattr__(self, "validation_exclude", tuple(self.validation_exclude))
         if self.names is None:
             object.__setattr__(self, "names", traits.names)
         if self.names not in ("global", "local"):
@@ -163,6 +174,7 @@ class StateComponent:
             "group": self.process_group_name,
             "required": self.required,
             "level": self.validation_level.value,
+            "exclude": list(self.validation_exclude),
             "names": self.names,
             "on_resize": self.on_resize if isinstance(self.on_resize, str) else "function",
         }

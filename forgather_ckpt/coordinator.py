@@ -8,18 +8,22 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeGuard
 
 from forgather_ckpt import commit, files, manifest, paths
+from forgather_ckpt.bulk import Channels
 from forgather_ckpt.component import StateComponent
 from forgather_ckpt.declarations import Source
+from forgather_ckpt.differences import ReplicationReport
 from forgather_ckpt.discovery import ProcessGroups, connect
 from forgather_ckpt.errors import DeclarationError
 from forgather_ckpt.job import Job
 from forgather_ckpt.lease import Lease
 from forgather_ckpt.load import LoadReport, Torn, load, refuse_torn, torn_error
+from forgather_ckpt.patterns import ValidationLevel
 from forgather_ckpt.prepare import Request as LoadRequest
 from forgather_ckpt.save import Request as SaveRequest
 from forgather_ckpt.save import Saved, save
 from forgather_ckpt.topology import Topology
-from forgather_ckpt.validate import ReplicationReport, validate
+from forgather_ckpt.validate import Request as ValidationRequest
+from forgather_ckpt.validate import validate
 
 _DEFAULT_TIMEOUT_SECONDS = 600.0
 _MAX_TIMEOUT_SECONDS = 1e9
@@ -81,7 +85,9 @@ class CheckpointCoordinator:
         run_id = comm.agree("naming the run", lambda: None, lambda _: secrets.token_hex(8))
         # rank 0's directory is everybody's: ranks may have been started in different ones
         run = comm.agree("choosing the run directory", lambda: None, lambda _: str(_run_directory(output_dir)))
-        self._job = Job(comm, topology, source, Path(run), run_id, on_mismatch, dict(training_args or {}))
+        self._job = Job(
+            comm, Channels(comm), topology, source, Path(run), run_id, on_mismatch, dict(training_args or {})
+        )
         self._lease: Lease | None = None
         self._parent: dict[str, Any] | None = None
         self._torn: tuple[str, ...] = ()
@@ -145,8 +151,7 @@ class CheckpointCoordinator:
         if _is_list_of_keys(components):
             keys = tuple(components)
         elif components is not None:
-            problem = f"components is {components!r}; use a list of keys, such as ['model'], or None for all"
-            job = replace(job, source=_Refused(DeclarationError(problem)))
+            job = replace(job, source=_Refused(DeclarationError(_not_keys(components))))
         request = LoadRequest(which, keys, strict, staged)
         try:
             report = load(job, request)
@@ -157,12 +162,37 @@ class CheckpointCoordinator:
         self._parent = {"step": report.step, "sequence": report.sequence, "digest": report.digest}
         return report
 
-    def validate_replication(self) -> Mapping[str, ReplicationReport]:
-        """Compare the copies of all components without saving: a report for each that has several holders."""
-        return validate(self._job)
+    def validate_replication(
+        self,
+        level: ValidationLevel | str | None = None,
+        components: Sequence[str] | None = None,
+        *,
+        step: int | None = None,
+    ) -> Mapping[str, ReplicationReport]:
+        """Compare the copies without saving: a report, the same on all ranks, for each component with several holders.
+
+        `level` is for all components; without it each has its own, and QUICK where that is NONE. Copies that differ
+        are no error: ask `report.is_equal`, print `report.text()`, or `raise mismatch_error(reports.values())`. They
+        leave `replication-report-<step>.json` in the run directory.
+        """
+
+        def prepare() -> None:
+            if components is not None and not _is_list_of_keys(components):
+                raise DeclarationError(_not_keys(components))
+            if level is not None and level not in list(ValidationLevel)[1:]:
+                raise DeclarationError(
+                    f"level is {level!r}; use 'quick', 'tensor' or 'full', or None for each one's own"
+                )
+            if step is not None and (isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**63):
+                raise DeclarationError(f"step is {step!r}; use a number of steps, from 0, or None")
+
+        chosen = ValidationLevel(level) if level in list(ValidationLevel) else None
+        keys = tuple(components) if _is_list_of_keys(components) else None
+        return validate(self._job, ValidationRequest(chosen, keys, step), prepare=prepare)
 
     def close(self) -> None:
         """Give the run directory back to other jobs. A second call does nothing."""
+        self._job.channels.close()
         if self._lease is not None:
             self._lease.release()
             self._lease = None
@@ -214,6 +244,10 @@ def _run_directory(output_dir: str | Path) -> Path:
 def _is_number(value: object) -> bool:
     """Whether `value` is a finite number that a manifest can hold."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _not_keys(components: object) -> str:
+    return f"components is {components!r}; use a list of keys, such as ['model'], or None for all"
 
 
 def _is_list_of_keys(components: object) -> TypeGuard[Collection[str]]:

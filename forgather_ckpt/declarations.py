@@ -49,7 +49,14 @@ def declare(
 
 def agreed(components: Sequence[StateComponent]) -> list[Declared]:
     return [
-        Declared(one.key, one.sharing_pattern, one.process_group_name, one.required, one.is_global)
+        Declared(
+            one.key,
+            one.sharing_pattern,
+            one.process_group_name,
+            one.required,
+            one.is_global,
+            tuple(one.validation_exclude),
+        )
         for one in components
     ]
 

@@ -7,6 +7,7 @@ directory. `rename` is atomic, and so is `exchange`; `exchange` is Linux's `rena
 import ctypes
 import errno
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -108,6 +109,18 @@ def write_new(path: Path, data: bytes) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a small file durably in place of the one that may be there: at every instant one of the two is found."""
+    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+    try:
+        write_new(temporary, data)
+        os.rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:

@@ -1,5 +1,7 @@
 """What one rank holds of each agreed portion."""
 
+import fnmatch
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +18,21 @@ class Holding:
     tensors: Mapping[str, TensorItem]
     values: Mapping[str, ValueItem]
     aliases: Mapping[str, AliasItem]
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.tensors, *self.values, *self.aliases]
+
+    def excluded(self) -> list[str]:
+        """The items that the component wants left out of comparisons."""
+        matches = re.compile("|".join(fnmatch.translate(pattern) for pattern in self.portion.exclude)).match
+        return sorted(name for name in self.names if matches(name)) if self.portion.exclude else []
+
+    def compared(self) -> "Holding":
+        """The others."""
+        if not (excluded := set(self.excluded())):
+            return self
+        return _holding(self.number, self.portion, self, [name for name in self.names if name not in excluded])
 
 
 def holdings(portions: Sequence[Portion], states: Mapping[str, State], rank: int) -> list[Holding]:
@@ -42,7 +59,7 @@ def _names(state: State) -> list[str]:
     return [*state.tensors, *state.values, *state.aliases]
 
 
-def _holding(number: int, portion: Portion, state: State, names: list[str] | None) -> Holding:
+def _holding(number: int, portion: Portion, state: State | Holding, names: list[str] | None) -> Holding:
     if names is None:
         return Holding(number, portion, state.tensors, state.values, state.aliases)
     return Holding(

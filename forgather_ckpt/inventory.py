@@ -1,7 +1,7 @@
 """From what all ranks report of their writing to a manifest: pure."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ class WriteReport:
     num_bytes: Mapping[int, int]
     """Portion number -> bytes of tensors written."""
     digests: Mapping[int, str]
-    """Portion number -> digest of its state, of those that this rank wrote alone."""
+    """Portion number -> digest of what this rank wrote of it."""
     weights: Mapping[str, str]
     """Tensor name -> file, of the component `model` where several ranks write it."""
     seconds: Mapping[str, float]
@@ -56,16 +56,11 @@ def component_records(
     declared: Sequence[Declared],
     portions: Sequence[Portion],
     reports: Sequence[WriteReport],
-    digests: Mapping[int, str],
     validations: Mapping[str, Validation],
     metadata: Mapping[str, Mapping[str, Any]],
     topology: Topology,
 ) -> dict[str, ComponentRecord]:
-    """The inventory of all components.
-
-    `digests` are the portions' state digests that the replication check agreed on; the others come from their only
-    writer. `StorageError` where fewer or more bytes were written than agreed.
-    """
+    """The inventory of all components. `StorageError` where fewer or more bytes were written than agreed."""
     records = {}
     for component in declared:
         own = [(number, portion) for number, portion in enumerate(portions) if portion.component == component.key]
@@ -79,7 +74,7 @@ def component_records(
                 writers=_writers(parts, reports),
                 num_items=sum(portion.num_items for _, portion in parts),
                 num_bytes=_checked_bytes(parts, reports),
-                digest=_joined(_digest(number, reports, digests) for number, _ in parts),
+                digest=_joined(_digest(number, reports) for number, _ in parts),
             )
         records[component.key] = ComponentRecord(
             pattern=component.pattern,
@@ -134,12 +129,10 @@ def _checked_bytes(parts: Sequence[tuple[int, Portion]], reports: Sequence[Write
     return total
 
 
-def _digest(number: int, reports: Sequence[WriteReport], digests: Mapping[int, str]) -> str:
-    if number in digests:
-        return digests[number]
-    return next(report.digests[number] for report in reports if number in report.digests)
+def _digest(number: int, reports: Sequence[WriteReport]) -> str:
+    return _joined(report.digests[number] for report in reports if number in report.digests)
 
 
-def _joined(digests: object) -> str:
-    parts = [bytes.fromhex(digest) for digest in digests]  # type: ignore[attr-defined]
+def _joined(digests: Iterable[str]) -> str:
+    parts = [bytes.fromhex(digest) for digest in digests]
     return hashtree.join(parts).hex() if parts else hashtree.digest(b"").hex()

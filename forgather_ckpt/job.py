@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forgather_ckpt.bulk import Channels
 from forgather_ckpt.comm import Comm
 from forgather_ckpt.declarations import Source
 from forgather_ckpt.topology import Topology
@@ -15,6 +16,7 @@ class Job:
     """The ranks, who declares the components, and the run directory."""
 
     comm: Comm
+    channels: Channels
     topology: Topology
     source: Source
     run: Path

@@ -62,6 +62,9 @@ class Validation:
     num_items: int = 0
     seconds: float = 0.0
     trusted: Mapping[str, Ranks] = field(default_factory=dict)
+    """By entry, the ranks whose state was stored though others had another."""
+    excluded: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By entry, the items that were not compared because the component says so: one rank's are stored."""
 
 
 @dataclass(frozen=True)
@@ -259,6 +262,7 @@ def _component_to_json(record: ComponentRecord) -> dict[str, Any]:
             "items": validation.num_items,
             "seconds": validation.seconds,
             "trusted": {entry: list(ranks) for entry, ranks in validation.trusted.items()},
+            "excluded": {entry: list(names) for entry, names in validation.excluded.items()},
         },
         "metadata": dict(record.metadata),
         "entries": {
@@ -278,6 +282,7 @@ def _component_to_json(record: ComponentRecord) -> dict[str, Any]:
 def _component_from_json(data: Fields, world_size: int) -> ComponentRecord:
     validation = Fields(data.mapping("validation"), f"{data.where}, validation")
     trusted = Fields(validation.mapping("trusted"), f"{validation.where}, trusted")
+    excluded = Fields(validation.data.get("excluded", {}), f"{validation.where}, excluded")
     return ComponentRecord(
         pattern=SharingPattern(data.text("pattern")),
         names=data.text("names"),
@@ -294,6 +299,7 @@ def _component_from_json(data: Fields, world_size: int) -> ComponentRecord:
             num_items=validation.number("items"),
             seconds=float(validation.data.get("seconds", 0.0)),
             trusted={entry: tuple(trusted.numbers(entry)) for entry in trusted.data},
+            excluded={entry: tuple(excluded.texts(entry)) for entry in excluded.data},
         ),
         metadata=data.mapping("metadata"),
     )

@@ -26,6 +26,40 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return flat.view(torch.uint8) if dense.numel() else torch.empty(0, dtype=torch.uint8)
 
 
+def is_flat(tensor: torch.Tensor) -> bool:
+    """Whether the bytes of the tensor's elements lie in memory in C order."""
+    return tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+
+
+def byte_range(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Bytes `start` to `stop` (whole elements) of the tensor's elements in C order, as 1-D uint8 on its device.
+
+    Shares its memory where it is contiguous; of any other layout, only that range is copied.
+    """
+    if is_flat(tensor):
+        return flat_bytes(tensor)[start:stop]
+    size = tensor.element_size()
+    parts = [flat_bytes(part) for part in _element_range(tensor.detach(), start // size, stop // size)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else flat_bytes(tensor.flatten()[:0])
+
+
+def _element_range(tensor: torch.Tensor, start: int, stop: int) -> Iterator[torch.Tensor]:
+    """Views that hold the elements `start` to `stop` in C order, one after the other."""
+    if start == 0 and stop == tensor.numel():
+        yield tensor
+        return
+    row = tensor.numel() // tensor.shape[0]
+    first, last = start // row, -(-stop // row)
+    if start > first * row:
+        yield from _element_range(tensor[first], start - first * row, min(stop - first * row, row))
+        first += 1
+    whole = max(first, min(last, stop // row))
+    if whole > first:
+        yield tensor[first:whole]
+    if last > whole:
+        yield from _element_range(tensor[whole], 0, stop - whole * row)
+
+
 def host_view(flat: torch.Tensor) -> memoryview:
     """The memory of a contiguous uint8 CPU tensor, without a copy. Valid as long as the tensor is."""
     return flat.numpy().data

@@ -42,6 +42,11 @@ def is_temporary(name: str) -> bool:
     return name.startswith((TEMPORARY_PREFIX, TRASH_PREFIX))
 
 
+def replication_report(step: int | None) -> str:
+    """What a replication check that failed leaves in the run directory."""
+    return "replication-report.json" if step is None else f"replication-report-{step}.json"
+
+
 def index(writer: int, part: int) -> str:
     return f"index-{writer:05d}{_part(part)}.json"
 

@@ -7,7 +7,7 @@ item of one state, held by all of them.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from forgather_ckpt.errors import CheckpointError, StructureError
@@ -51,16 +51,19 @@ class Portion:
     names: tuple[str, ...] | None = None
     num_sets: int = 1
     """How many sets of the pattern the holders come from."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of the names that are not compared."""
 
     def to_json(self) -> list[Any]:
         names = None if self.names is None else list(self.names)
-        return [self.component, self.entry, list(self.holders), self.num_items, self.num_bytes, names, self.num_sets]
+        listed = [self.component, self.entry, list(self.holders), self.num_items, self.num_bytes, names, self.num_sets]
+        return [*listed, list(self.exclude)]
 
     @classmethod
     def from_json(cls, data: Sequence[Any]) -> Self:
-        component, entry, holders, num_items, num_bytes, names, num_sets = data
+        component, entry, holders, num_items, num_bytes, names, num_sets, exclude = data
         listed = None if names is None else tuple(names)
-        return cls(component, entry, tuple(holders), num_items, num_bytes, listed, num_sets)
+        return cls(component, entry, tuple(holders), num_items, num_bytes, listed, num_sets, tuple(exclude))
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Declared:
     group: str | None
     required: bool
     is_global: bool
+    exclude: tuple[str, ...] = ()
 
     def sets(self, topology: Topology) -> tuple[RankSet, ...]:
         return sets_of(self.pattern, self.group, topology)
@@ -140,7 +144,8 @@ def base_portions(component: Declared, reports: Reports, topology: Topology) -> 
         if holders:
             report = reports[holders[0]]
             entry = ENTRY_OF_ALL if component.is_global else group.id
-            portions.append(Portion(component.key, entry, holders, report.num_items, report.num_bytes))
+            size = (report.num_items, report.num_bytes)
+            portions.append(Portion(component.key, entry, holders, *size, exclude=component.exclude))
     if strays := sorted(set(reports) - members):
         raise StructureError(
             f"component {component.key!r}: ranks {describe(tuple(strays))} hold state but are in no group "
@@ -184,14 +189,20 @@ def merge_tables(portions: Sequence[Portion], tables: Mapping[int, Table]) -> li
     for portion in portions:
         own = [row for row in tables[portion.holders[0]] if row[0] not in shared_names]
         if own:
-            result.append(
-                Portion(portion.component, portion.entry, portion.holders, len(own), sum(row[-1] for row in own))
-            )
+            result.append(replace(portion, num_items=len(own), num_bytes=sum(row[-1] for row in own)))
     for having_it, names in sorted(shared.items()):
         holders = tuple(sorted({rank for number in having_it for rank in portions[number].holders}))
         num_bytes = sum(sizes[name] for name in names)
-        component, entry = portions[0].component, portions[0].entry
-        result.append(Portion(component, entry, holders, len(names), num_bytes, tuple(sorted(names)), len(having_it)))
+        result.append(
+            replace(
+                portions[0],
+                holders=holders,
+                num_items=len(names),
+                num_bytes=num_bytes,
+                names=tuple(sorted(names)),
+                num_sets=len(having_it),
+            )
+        )
     return result
 
 

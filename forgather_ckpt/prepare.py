@@ -215,6 +215,13 @@ def _recipe(
             component.key,
             {entry: describe(ranks) for entry, ranks in record.validation.trusted.items()},
         )
+    if num_excluded := sum(len(names) for names in record.validation.excluded.values()):
+        logger.warning(
+            "%d items of component %r were not compared when it was saved (validation_exclude): all ranks that share "
+            "them get one rank's",
+            num_excluded,
+            component.key,
+        )
     entry = entry_for(component, record, manifest.topology, job.topology)
     if isinstance(entry, Resize):
         if component.on_resize == "error":

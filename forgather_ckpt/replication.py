@@ -1,7 +1,7 @@
 """The verdict on copies that must be equal: pure, the same on every rank."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from forgather_ckpt.topology import Ranks
@@ -9,23 +9,32 @@ from forgather_ckpt.topology import Ranks
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the copies of one set of holders compare. `majority` holds the reference; `minority` differs from it."""
+    """How the copies of one set of holders compare: ranks with equal copies together. The majority is the first, and
+    holds the reference; the others follow in the order of their lowest ranks."""
 
-    majority: Ranks
-    minority: Ranks
+    classes: tuple[Ranks, ...]
+
+    @property
+    def majority(self) -> Ranks:
+        return self.classes[0]
+
+    @property
+    def minority(self) -> Ranks:
+        return tuple(sorted(rank for ranks in self.classes[1:] for rank in ranks))
 
     @property
     def is_equal(self) -> bool:
-        return not self.minority
+        return len(self.classes) == 1
 
 
-def vote(digests: Mapping[int, bytes]) -> Verdict:
-    """The majority's digest is the reference; in a tie, the one that the lowest rank has."""
-    holders: dict[bytes, list[int]] = defaultdict(list)
-    for rank in sorted(digests):
-        holders[digests[rank]].append(rank)
+def vote(copies: Mapping[int, Hashable]) -> Verdict:
+    """From what each rank has, a digest say: the majority's is the reference; in a tie, the lowest rank's."""
+    holders: dict[Hashable, list[int]] = defaultdict(list)
+    for rank in sorted(copies):
+        holders[copies[rank]].append(rank)
     majority = min(holders.values(), key=lambda ranks: (-len(ranks), ranks[0]))
-    return Verdict(tuple(majority), tuple(rank for rank in sorted(digests) if rank not in set(majority)))
+    others = [ranks for ranks in holders.values() if ranks is not majority]
+    return Verdict(tuple(tuple(ranks) for ranks in (majority, *others)))
 
 
 def describe(ranks: Ranks) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from forgather_ckpt import (
+    check,
     commit,
     environment,
     files,
@@ -21,10 +22,11 @@ from forgather_ckpt import (
     strict_json,
     writing,
 )
-from forgather_ckpt.check import Comparison, compare, level_of, mismatch
+from forgather_ckpt.check import Comparison, compare, level_of
 from forgather_ckpt.comm import Comm
 from forgather_ckpt.component import StateComponent
 from forgather_ckpt.declarations import agreed, declare
+from forgather_ckpt.differences import mismatch_error
 from forgather_ckpt.errors import NoSpace
 from forgather_ckpt.holdings import Holding, holdings
 from forgather_ckpt.index import IndexEntry
@@ -94,7 +96,7 @@ def save(job: Job, request: Request, *, prepare: Callable[[], None], parent: Map
         components = declare(comm, job.topology, job.source, wanted, prepare=prepare)
         settled = settle(comm, job.topology, components)
     with clock.phase("check"):
-        settled, comparison = _check(job, components, settled)
+        settled, comparison = _check(job, components, settled, request.step)
     draft = _begin(job, request, settled)
     try:
         return _write_and_commit(job, request, draft, _Content(components, settled, comparison), clock, parent)
@@ -113,7 +115,9 @@ class _Content:
     comparison: Comparison
 
 
-def _check(job: Job, components: Sequence[StateComponent], settled: Settlement) -> tuple[Settlement, Comparison]:
+def _check(
+    job: Job, components: Sequence[StateComponent], settled: Settlement, step: int
+) -> tuple[Settlement, Comparison]:
     """Compare the copies. Those that differ are an error, or (optional components) left out, or (warn) told."""
     by_key = {component.key: component for component in components}
     levels = {
@@ -122,17 +126,17 @@ def _check(job: Job, components: Sequence[StateComponent], settled: Settlement) 
         if (level := level_of(portion, by_key[portion.component])) is not ValidationLevel.NONE
     }
     held = holdings(settled.portions, settled.states, job.comm.rank)
-    comparison = compare(job.comm, settled.portions, held, levels)
+    comparison = compare(job, settled.portions, held, levels)
     if not comparison.mismatches:
         return settled, comparison
-    groups = {component.key: component.process_group_name for component in components}
-    told = mismatch(settled.portions, comparison.mismatches, groups)
+    found = check.reports(settled.portions, comparison, components)
+    check.leave_report(job, found, step)
+    told = mismatch_error(found.values())
     if job.on_mismatch == "warn":
         logger.warning("saving all the same, from the majority alone: %s", told.message)
         return settled, comparison
-    required = {n: f for n, f in comparison.mismatches.items() if by_key[settled.portions[n].component].required}
-    if required:
-        raise mismatch(settled.portions, required, groups)
+    if required := [report for report in found.values() if not report.is_equal and by_key[report.component].required]:
+        raise mismatch_error(required)
     logger.warning("left out of the checkpoint: %s", told.message)
     return _without(settled, comparison, told.message)
 
@@ -141,18 +145,13 @@ def _without(settled: Settlement, comparison: Comparison, reason: str) -> tuple[
     """Leave out the components whose copies differ."""
     dropped = {settled.portions[number].component for number in comparison.mismatches}
     kept = [number for number, portion in enumerate(settled.portions) if portion.component not in dropped]
-    renumbered = {old: new for new, old in enumerate(kept)}
     return (
         Settlement(
             settled.states,
             tuple(settled.portions[number] for number in kept),
             {**settled.omitted, **dict.fromkeys(sorted(dropped), reason)},
         ),
-        Comparison(
-            {renumbered[old]: finding for old, finding in comparison.findings.items() if old in renumbered},
-            {renumbered[old]: blocks for old, blocks in comparison.blocks.items() if old in renumbered},
-            comparison.seconds,
-        ),
+        comparison.renumbered({old: new for new, old in enumerate(kept)}),
     )
 
 
@@ -199,6 +198,7 @@ def _write_and_commit(
                 stems=stems,
                 on_progress=job.comm.beat,
             )
+            content.comparison.refuse_changed(held)
         return _report(assignments, held, written, clock).to_json()
 
     def seal(columns: list[dict[str, Any]]) -> list[Any]:
@@ -218,12 +218,17 @@ def _assign(holding: Holding, content: _Content, comm: Comm) -> Assignment | Non
     writers: Ranks = portion.holders[:1] if finding is None else finding.verdict.majority
     if comm.rank not in writers:
         return None
-    share = plan.deal([Extent(item.name, item.num_bytes) for item in holding.tensors.values()], writers)
-    blocks = content.comparison.blocks.get(holding.number, {})
+    excluded = set() if finding is None else set(finding.excluded)
+    # what was not compared comes from one copy too
+    dealt = [Extent(item.name, item.num_bytes) for item in holding.tensors.values() if item.name not in excluded]
+    blocks = content.comparison.host_blocks(holding)
     pieces = [
         OwnedPiece(holding.tensors[piece.name], piece.start, piece.stop, blocks.get(piece.name))
-        for piece in share[comm.rank]
+        for piece in plan.deal(dealt, writers)[comm.rank]
     ]
+    if comm.rank == writers[0]:
+        alone = (holding.tensors[name] for name in holding.tensors if name in excluded)
+        pieces += [OwnedPiece(item, 0, item.num_bytes) for item in alone]
     is_first = comm.rank == writers[0]
     if not pieces and not is_first:
         return None
@@ -301,7 +306,6 @@ def _manifest(
             agreed(kept),
             content.settled.portions,
             reports,
-            {number: finding.digest for number, finding in content.comparison.findings.items()},
             {component.key: _validation(component.key, content) for component in kept},
             {component.key: component.metadata for component in kept},
             job.topology,
@@ -325,11 +329,17 @@ def _validation(key: str, content: _Content) -> Validation:
     findings = {n: f for n, f in content.comparison.findings.items() if portions[n].component == key}
     if not findings:
         return Validation(ValidationLevel.NONE, "not compared")
+    excluded: dict[str, tuple[str, ...]] = {}
+    for number, finding in findings.items():
+        if finding.excluded:
+            entry = portions[number].entry
+            excluded[entry] = tuple(sorted({*excluded.get(entry, ()), *finding.excluded}))
     differed = {portions[n].entry: f.verdict.majority for n, f in findings.items() if not f.verdict.is_equal}
     return Validation(
-        level=max((finding.level for finding in findings.values()), key=list(ValidationLevel).index),
+        level=check.strongest(finding.level for finding in findings.values()),
         result="differed" if differed else "equal",
-        num_items=sum(portions[number].num_items for number in findings),
+        num_items=sum(portions[number].num_items - len(finding.excluded) for number, finding in findings.items()),
         seconds=round(content.comparison.seconds, 6),
         trusted=differed,
+        excluded=excluded,
     )

@@ -123,10 +123,11 @@ def same_place(saved: Coordinates, now: Coordinates) -> bool:
 
     An axis of size 1 may be absent: it tells nothing apart.
     """
-    return _telling(saved) == _telling(now)
+    return telling_axes(saved) == telling_axes(now)
 
 
-def _telling(place: Coordinates) -> frozenset[tuple[str, int, int]]:
+def telling_axes(place: Coordinates) -> frozenset[tuple[str, int, int]]:
+    """What tells a place from others: equal exactly for the `same_place`."""
     return frozenset(axis for axis in place if axis[2] > 1)
 
 

@@ -1,70 +1,56 @@
 """A replication check by itself, without a save."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from forgather_ckpt.check import Finding, compare, level_of
+from forgather_ckpt.check import compare, leave_report, level_of, reports, strongest
 from forgather_ckpt.declarations import declare
+from forgather_ckpt.differences import ReplicationReport
+from forgather_ckpt.errors import DeclarationError
 from forgather_ckpt.holdings import holdings
 from forgather_ckpt.job import Job
 from forgather_ckpt.patterns import ValidationLevel
 from forgather_ckpt.settle import settle
-from forgather_ckpt.topology import Ranks
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Copies of one entry that differ: `majority` holds the reference, `minority` another state, in `items`."""
+class Request:
+    """What is asked of one check; equal on all ranks."""
 
-    entry: str
-    majority: Ranks
-    minority: Ranks
-    items: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ReplicationReport:
-    """What a check of one component found."""
-
-    component: str
-    level: ValidationLevel
-    num_items: int
-    differences: tuple[Difference, ...]
-
-    @property
-    def is_equal(self) -> bool:
-        return not self.differences
+    level: ValidationLevel | None
+    """Of all components; None: each one's own, and QUICK where that is NONE."""
+    components: Sequence[str] | None
+    """Only these; None: all."""
+    step: int | None
+    """For the name of the report that a mismatch leaves."""
 
 
-def validate(job: Job) -> Mapping[str, ReplicationReport]:
-    """Compare all copies; a report for every component that has several holders."""
-    job.comm.begin_operation("validate")
-    components = declare(job.comm, job.topology, job.source, {"do": "validate"})
-    settled = settle(job.comm, job.topology, components)
-    by_key = {component.key: component for component in components}
+def validate(job: Job, request: Request, *, prepare: Callable[[], None]) -> Mapping[str, ReplicationReport]:
+    """Compare the copies; a report for every component asked for that has several holders. Differences are no error.
+
+    `prepare` is local work before everything else; its failure is everybody's, like any other.
+    """
+    wanted = {
+        "do": "validate",
+        "level": None if request.level is None else request.level.value,
+        "components": None if request.components is None else list(request.components),
+        "step": request.step,
+    }
+    job.comm.begin_operation(f"{wanted}")
+    declared = declare(job.comm, job.topology, job.source, wanted, prepare=prepare)
+    keys = [component.key for component in declared]
+    if unknown := sorted(set(request.components or ()) - set(keys)):
+        raise DeclarationError(f"no component {unknown[0]!r} is declared; there are {', '.join(map(repr, keys))}")
+    chosen = [one for one in declared if request.components is None or one.key in request.components]
+    settled = settle(job.comm, job.topology, chosen)
+    by_key = {component.key: component for component in chosen}
     levels = {
-        number: max(
-            level_of(portion, by_key[portion.component]), ValidationLevel.QUICK, key=list(ValidationLevel).index
-        )
+        number: request.level or strongest([level_of(portion, by_key[portion.component]), ValidationLevel.QUICK])
         for number, portion in enumerate(settled.portions)
         if len(portion.holders) > 1
     }
-    comparison = compare(job.comm, settled.portions, holdings(settled.portions, settled.states, job.comm.rank), levels)
-    findings: dict[str, list[tuple[int, Finding]]] = {}
-    for number, finding in comparison.findings.items():
-        findings.setdefault(settled.portions[number].component, []).append((number, finding))
-    return {
-        key: ReplicationReport(
-            component=key,
-            level=found[0][1].level,
-            num_items=sum(settled.portions[number].num_items for number, _ in found),
-            differences=tuple(
-                Difference(
-                    settled.portions[number].entry, finding.verdict.majority, finding.verdict.minority, finding.items
-                )
-                for number, finding in found
-                if not finding.verdict.is_equal
-            ),
-        )
-        for key, found in findings.items()
-    }
+    held = holdings(settled.portions, settled.states, job.comm.rank)
+    comparison = compare(job, settled.portions, held, levels)
+    found = reports(settled.portions, comparison, chosen)
+    leave_report(job, found, request.step)
+    return found

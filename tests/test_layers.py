@@ -14,14 +14,14 @@ ROOT = Path(forgather_ckpt.__file__).parent
 
 LAYERS = [
     # words and the bytes below everything
-    ("errors", "patterns", "dtypes", "hashtree", "paths"),
+    ("errors", "patterns", "dtypes", "hashtree", "multilinear", "paths"),
     ("strict_json", "topology"),
     # codecs
     ("values", "container", "manifest"),
     ("names", "index"),
     # decisions: pure
-    ("plan", "replication", "resume", "pieces"),
-    ("portions",),
+    ("plan", "replication", "resume", "pieces", "parting"),
+    ("portions", "differences", "comparison"),
     ("inventory",),
     # the file system
     ("files", "liveness"),
@@ -30,10 +30,14 @@ LAYERS = [
     ("cli",),
     ("__main__",),
     # --- no torch, no numpy above this line
-    ("component", "comm"),
-    ("structure", "discovery", "declarations", "optimizer", "rng", "entries"),
+    ("component", "comm", "elements", "excerpts", "triton_digest"),
+    ("structure", "discovery", "declarations", "optimizer", "rng", "entries", "deltas", "bulk"),
     ("memory", "holdings", "job"),
-    ("reading", "writing", "settle", "check"),
+    ("reading", "writing", "settle", "device_digest"),
+    ("digests",),
+    ("bytewise",),
+    ("mismatch",),
+    ("check",),
     ("assembly", "validate", "save"),
     ("prepare",),
     ("load",),

@@ -131,7 +131,10 @@ def test_one_flipped_bit_on_one_rank_is_named_on_all_and_nothing_is_stored(level
         (is_equal, _), (is_model_equal, [difference]) = told
         assert (is_equal, is_model_equal) == (True, False)
         assert (difference.majority, difference.minority) == (majority, (culprit,))
-        assert difference.items == ("deep/~l0/weight",)
+        [item] = difference.items
+        assert (item.name, item.majority, item.minority) == ("deep/~l0/weight", majority, (culprit,))
+        [copy] = item.minorities
+        assert (copy.elements.num_different, copy.elements.first_index, copy.elements.max_ulp) == (1, (1_999_999,), 1)
 
 
 def test_in_a_tie_the_lowest_rank_has_the_reference(tmp_path: Path):
@@ -146,8 +149,8 @@ def test_in_a_tie_the_lowest_rank_has_the_reference(tmp_path: Path):
         return results
 
     groups, everybody = the_same(values(run_ranks(4, case)))
-    assert "'model' differs between rank 0 and rank 1 at 'weight'; expected identical state in half (0-1)" in groups[1]
-    assert "'model' differs between rank 2 and rank 3 at 'weight'; expected identical state in half (2-3)" in groups[1]
+    assert "'model' differs between rank 0 and rank 1 at 'weight' (first at [0], max |Δ| 1); expected identical state in half (0-1)" in groups[1]
+    assert "'model' differs between rank 2 and rank 3 at 'weight' (first at [0], max |Δ| 1); expected identical state in half (2-3)" in groups[1]
     assert "'model' differs between ranks [0-1] and ranks [2-3] at 'weight'" in everybody[1]
 
 
@@ -264,7 +267,7 @@ def test_what_differs_is_named_with_the_ranks(pattern: SharingPattern, tmp_path:
         assert kind == expected_kind, what
         assert "'optimizer'" in message
         assert text in message
-    assert listing(tmp_path) == []
+    assert listing(tmp_path) == ["replication-report-1.json"]
 
 
 def test_equal_content_in_another_memory_layout_or_order_of_tensors_is_equal(tmp_path: Path):

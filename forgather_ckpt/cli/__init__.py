@@ -1,4 +1,4 @@
-"""`fgckpt`: look at the checkpoints of a run and check them, without torch and without a job.
+"""`fgckpt`: look at the checkpoints of a run, check and compare them, without torch and without a job.
 
 Data goes to stdout, messages and progress to stderr.
 """
@@ -11,6 +11,8 @@ from enum import IntEnum
 import click
 
 from forgather_ckpt.cli.anatomy import show
+from forgather_ckpt.cli.bisection import bisect
+from forgather_ckpt.cli.comparison import diff
 from forgather_ckpt.cli.listing import ls
 from forgather_ckpt.cli.text import printable
 from forgather_ckpt.cli.verification import verify
@@ -31,8 +33,8 @@ class Exit(IntEnum):
 
 _MEANINGS = {
     Exit.FINE: "fine, nothing found",
-    Exit.FOUND_SOMETHING: "the check found something: a checkpoint is damaged",
-    Exit.USAGE: "wrong usage",
+    Exit.FOUND_SOMETHING: "the check found something: a checkpoint is damaged; with diff and bisect: they differ",
+    Exit.USAGE: "wrong usage; with diff and bisect also: no telling, a checkpoint is damaged or of other digests",
     Exit.NOT_FOUND: "no such run directory or checkpoint",
     Exit.REFUSED: "refused, as another job writes to the run directory",
     Exit.IO: "the file system failed: not readable, no permission",
@@ -44,6 +46,7 @@ _EPILOG = (
     "  latest, latest~1      the newest committed checkpoint, the one before it\n"
     "  15000, step:15000     the checkpoint of that step\n"
     "  PATH                  a checkpoint directory\n"
+    "  RUN, RUN@SELECTOR     with diff: the newest one of a run directory, or that one\n"
     "\n\b\nExit codes:\n" + "\n".join(f"  {code:<3}  {meaning}" for code, meaning in _MEANINGS.items())
 )
 
@@ -55,8 +58,10 @@ def fgckpt() -> None:
       fgckpt ls runs/gpt2
       fgckpt show latest -d runs/gpt2
       fgckpt verify --all -d runs/gpt2
+      fgckpt diff 100 200 -d runs/gpt2
+      fgckpt bisect runs/gpt2 runs/replay
 
-    Look at the checkpoints of a run and check them. Data goes to stdout, messages to stderr; --json gives every
+    Look at the checkpoints of a run, check them, and compare them. Data goes to stdout, messages to stderr; --json gives every
     command's data to programs.
     """
 
@@ -64,6 +69,8 @@ def fgckpt() -> None:
 fgckpt.add_command(ls)
 fgckpt.add_command(show)
 fgckpt.add_command(verify)
+fgckpt.add_command(diff)
+fgckpt.add_command(bisect)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,101 @@
+"""Bulk bytes among some ranks: broadcasts through process groups of our own.
+
+They are made over the job's store, whatever default group there is or is not: gloo for host memory, NCCL for devices.
+Only this module, in the package's core, calls collectives.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from forgather_ckpt.comm import Comm
+from forgather_ckpt.replication import describe
+from forgather_ckpt.topology import Ranks
+
+_MARGIN_SECONDS = 60.0
+"""How much longer than ours the timeouts of a group are: ours name the rank, NCCL's end the process."""
+
+
+class Channels:
+    """The process groups that this rank has made so far. A failure leaves none: the next ones are made anew."""
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+        self._open: dict[tuple[Ranks, str], Channel] = {}
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around a phase that uses them: if it fails, on whatever rank, all groups are given up."""
+        try:
+            yield
+        except BaseException:
+            self.close(abort=True)
+            raise
+
+    def among(self, ranks: Ranks, device: torch.device) -> "Channel":
+        """The one among `ranks`, of which this rank is one, for data on `device`. All of them ask for it in the work of
+        the same phase, and for several in the same order."""
+        key = (ranks, device.type)
+        if key not in self._open:
+            self._open[key] = Channel(self._comm, ranks, device)
+        return self._open[key]
+
+    def close(self, *, abort: bool = False) -> None:
+        groups = [channel.group for channel in self._open.values()]
+        self._open.clear()
+        if abort:
+            for group in groups:
+                group.abort()
+        # a gloo group's destructor waits for what is under way, which ends when the peers destroy theirs
+        threading.Thread(target=groups.clear, daemon=True).start()
+
+
+class Channel:
+    """A process group among `ranks`."""
+
+    def __init__(self, comm: Comm, ranks: Ranks, device: torch.device) -> None:
+        self.ranks = ranks
+        self._comm = comm
+        self._others = tuple(rank for rank in ranks if rank != comm.rank)
+        self._what = f"the transfer among ranks {describe(ranks)}"
+        store = comm.channel_store(f"{device.type}/{','.join(map(str, ranks))}")
+        # a group's constructor waits without a word, so meet before
+        store.set(f"here/{comm.rank}", "")
+        keys = [f"here/{rank}" for rank in ranks]
+        comm.wait_for(self._others, lambda: store.check(keys), self._what)
+        timeout = timedelta(seconds=comm.timeout_seconds + _MARGIN_SECONDS)
+        self.group = _group(store, ranks.index(comm.rank), len(ranks), device, timeout)
+
+    def broadcast(self, data: torch.Tensor, source: int) -> Any:
+        """Begin to send `data` of rank `source` into `data` of the others: contiguous, on the channel's device."""
+        options = dist.BroadcastOptions()
+        options.rootRank = self.ranks.index(source)
+        options.rootTensor = 0
+        return self.group.broadcast([data], options)
+
+    def finish(self, work: Any) -> None:
+        """Wait until a broadcast is through; what this thread launches afterwards sees the data."""
+        self._comm.wait_for(self._others, work.is_completed, self._what)
+        work.wait()
+        self._comm.beat()
+
+
+def is_fast(device: torch.device) -> bool:
+    """Whether ranks with devices of their own can send from one to the other without the host."""
+    return device.type == "cuda" and dist.is_nccl_available()
+
+
+def _group(store: dist.Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:
+    if device.type == "cpu":
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
+    from torch.distributed.distributed_c10d import ProcessGroupNCCL  # not in every build
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    with torch.cuda.device(device):
+        return ProcessGroupNCCL(store, rank, size, options)

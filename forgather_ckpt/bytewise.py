@@ -1,0 +1,198 @@
+"""FULL: the bytes of all copies compared, sent chunk by chunk from one holder to the others, in bounded memory."""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from forgather_ckpt import bulk, digests, memory
+from forgather_ckpt.bulk import Channel
+from forgather_ckpt.hashtree import BLOCK_BYTES
+from forgather_ckpt.holdings import Holding
+from forgather_ckpt.job import Job
+from forgather_ckpt.replication import Verdict, vote
+from forgather_ckpt.structure import TensorItem
+from forgather_ckpt.topology import Ranks
+
+CHUNK_BYTES = 48 << 20
+"""What is sent at once. A rank needs twice as much for what is under way, and once more for small tensors of its own."""
+_IN_FLIGHT = 2
+_SLOT_BYTES = 64 << 10
+"""Where a chunk differs is told this precisely."""
+
+HOST = torch.device("cpu")
+
+Suspects = dict[int, Mapping[str, Sequence[int]]]
+"""Portion number -> name -> blocks that differ from those of ranks with the same digest."""
+
+
+class Segment(NamedTuple):
+    """Bytes `start` to `stop` of a tensor, which begin where a block does."""
+
+    item: TensorItem
+    start: int
+    stop: int
+
+
+def compare(
+    job: Job, compared: Sequence[Holding], verdicts: Mapping[int, Verdict], suspects: Suspects
+) -> dict[int, Verdict]:
+    """New verdicts on the portions of `verdicts`, in which ranks are together only if all their bytes are equal.
+
+    Every rank calls it with the same `verdicts`, from digests: those that these tell apart are not compared again.
+    Into `suspects`, where this rank's bytes differ though the digests do not.
+    """
+
+    def links() -> dict[str, str]:
+        return {str(one.number): _device_of(one) for one in compared if one.number in verdicts}
+
+    fast = job.comm.agree("choosing how to compare bytes", links, lambda links: _fast_portions(links, verdicts))
+
+    def differing() -> list[int]:
+        found = []
+        for holding in sorted(compared, key=lambda one: one.number):
+            if holding.number not in verdicts:
+                continue
+            own = next(ranks for ranks in verdicts[holding.number].classes if job.comm.rank in ranks)
+            if len(own) > 1 and (names := _compare(job, holding, own, is_fast=holding.number in fast)):
+                suspects[holding.number] = names
+                found.append(holding.number)
+        return found
+
+    def decide(reports: list[list[int]]) -> dict[str, list[list[int]]]:
+        told = {}
+        for number, verdict in verdicts.items():
+            # a rank whose bytes differ from those of its class' first is alone: nobody knows what else it equals
+            copies = {
+                rank: (place, rank if number in reports[rank] else -1)
+                for place, ranks in enumerate(verdict.classes)
+                for rank in ranks
+            }
+            told[str(number)] = [list(ranks) for ranks in vote(copies).classes]
+        return told
+
+    with job.channels.guard():
+        told = job.comm.agree("comparing all bytes", differing, decide)
+    return {int(number): Verdict(tuple(map(tuple, classes))) for number, classes in told.items()}
+
+
+def _device_of(holding: Holding) -> str:
+    """The one device of all tensors of a portion that are not in host memory; empty where there is none such."""
+    devices = {item.tensor.device for item in holding.tensors.values() if not digests.is_on_host(item)}
+    if len(devices) != 1 or not bulk.is_fast(device := devices.pop()):
+        return ""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _fast_portions(links: Sequence[Mapping[str, str]], verdicts: Mapping[int, Verdict]) -> list[int]:
+    """The portions that every holder has on a device of its own."""
+    fast = []
+    for number, verdict in verdicts.items():
+        devices = [links[rank][str(number)] for ranks in verdict.classes for rank in ranks]
+        if all(devices) and len(set(devices)) == len(devices):
+            fast.append(number)
+    return fast
+
+
+def _compare(job: Job, holding: Holding, ranks: Ranks, *, is_fast: bool) -> dict[str, list[int]]:
+    """The blocks of this rank's tensors that differ from those of the first of `ranks`, by name."""
+    found: dict[str, list[int]] = {}
+    items = [holding.tensors[name] for name in sorted(holding.tensors)]
+    on_device = [item for item in items if is_fast and not digests.is_on_host(item)]
+    on_host = [item for item in items if not (is_fast and not digests.is_on_host(item))]
+    for some in (on_device, on_host):
+        if some:
+            device = some[0].tensor.device if some is on_device else HOST
+            channel = job.channels.among(ranks, device)
+            for segment in _differing_segments(channel, some, device, job.comm.rank):
+                blocks = found.setdefault(segment.item.name, [])
+                blocks += (block for block in _blocks(segment) if block not in blocks)
+    return found
+
+
+def _blocks(segment: Segment) -> range:
+    return range(segment.start // BLOCK_BYTES, -(-segment.stop // BLOCK_BYTES))
+
+
+def chunks(items: Sequence[TensorItem]) -> Iterator[list[Segment]]:
+    """All bytes of the tensors, in lists of at most a chunk together."""
+    chunk: list[Segment] = []
+    room = CHUNK_BYTES
+    for item in items:
+        for start in range(0, item.num_bytes, CHUNK_BYTES):
+            segment = Segment(item, start, min(item.num_bytes, start + CHUNK_BYTES))
+            if chunk and segment.stop - segment.start > room:
+                yield chunk
+                chunk, room = [], CHUNK_BYTES
+            chunk.append(segment)
+            room -= segment.stop - segment.start
+    if chunk:
+        yield chunk
+
+
+def _differing_segments(
+    channel: Channel, items: Sequence[TensorItem], device: torch.device, rank: int
+) -> Iterator[Segment]:
+    source = channel.ranks[0]
+    under_way: deque[tuple[list[Segment], torch.Tensor, Any]] = deque()
+    compared: list[tuple[list[Segment], torch.Tensor]] = []
+
+    def finish_one() -> None:
+        chunk, data, work = under_way.popleft()
+        channel.finish(work)
+        if rank != source:
+            compared.append((chunk, _differing_slots(data, _bytes(chunk, device))))
+
+    for chunk in chunks(items):
+        if rank == source:
+            data = _bytes(chunk, device)
+        else:
+            size = sum(segment.stop - segment.start for segment in chunk)
+            data = torch.empty(size, dtype=torch.uint8, device=device)
+        under_way.append((chunk, data, channel.broadcast(data, source)))
+        del data
+        if len(under_way) == _IN_FLIGHT:
+            finish_one()
+    while under_way:
+        finish_one()
+    for chunk, flags in compared:
+        yield from _touched(chunk, flags.cpu().nonzero().flatten().tolist())
+
+
+def _bytes(chunk: Sequence[Segment], device: torch.device) -> torch.Tensor:
+    """The bytes of a chunk, one segment after the other: the tensor's own memory where that is possible."""
+    parts = [memory.byte_range(segment.item.tensor, segment.start, segment.stop).to(device) for segment in chunk]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _differing_slots(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """For each slot of two equally long buffers whether it differs: 1-D bool, on their device, which may still work."""
+    whole = one.numel() // _SLOT_BYTES * _SLOT_BYTES
+    word = _widest(one, other)
+    flags = []
+    if whole:
+        flags.append((one[:whole].view(word) != other[:whole].view(word)).view(whole // _SLOT_BYTES, -1).any(dim=1))
+    if whole < one.numel():
+        flags.append((one[whole:] != other[whole:]).any().view(1))
+    return torch.cat(flags)
+
+
+def _widest(*buffers: torch.Tensor) -> torch.dtype:
+    """The widest words that all addresses allow, as those are compared fastest."""
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        if all(buffer.data_ptr() % dtype.itemsize == 0 for buffer in buffers):
+            return dtype
+    return torch.uint8
+
+
+def _touched(chunk: Sequence[Segment], slots: Sequence[int]) -> Iterator[Segment]:
+    """The parts of a chunk's segments that lie in some slots."""
+    ends = list(itertools.accumulate(segment.stop - segment.start for segment in chunk))
+    for segment, end in zip(chunk, ends, strict=True):
+        begin = end - (segment.stop - segment.start)
+        for slot in slots:
+            first, last = max(begin, slot * _SLOT_BYTES), min(end, (slot + 1) * _SLOT_BYTES)
+            if first < last:
+                yield Segment(segment.item, segment.start + first - begin, segment.start + last - begin)

@@ -1,0 +1,51 @@
+"""The block digests of live tensors, each taken where the tensor lies: `xxh3_128` on the host, `multilinear` on a GPU.
+
+Digests of different algorithms say nothing about each other: whoever compares, compares `device_names` first.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from forgather_ckpt import device_digest, hashtree, memory, multilinear
+from forgather_ckpt.structure import TensorItem
+
+Blocks = Mapping[str, tuple[bytes, ...]]
+"""Tensor name -> block digests."""
+
+
+def algorithm(tensor: torch.Tensor) -> str:
+    """Of the block digests of a tensor that lies where this one does."""
+    return multilinear.ALGORITHM if tensor.device.type == "cuda" else hashtree.ALGORITHM
+
+
+def is_on_host(item: TensorItem) -> bool:
+    return algorithm(item.tensor) == hashtree.ALGORITHM
+
+
+def block_digests(
+    items: Iterable[TensorItem], on_progress: Callable[[], None] = lambda: None, *, on_host: bool = False
+) -> Blocks:
+    """The block digests of whole tensors. With `on_host`, all are xxh3: a copy of one block at a time for a GPU's."""
+    host: list[TensorItem] = []
+    devices: dict[torch.device, list[TensorItem]] = defaultdict(list)
+    for item in items:
+        if on_host or is_on_host(item):
+            host.append(item)
+        else:
+            devices[item.tensor.device].append(item)
+    found: dict[str, tuple[bytes, ...]] = {}
+    for some in devices.values():
+        digests = device_digest.block_digests([item.tensor for item in some])
+        found.update(zip((item.name for item in some), digests, strict=True))
+        on_progress()
+    if host:
+        found.update(memory.block_digests(host, on_progress))
+    return found
+
+
+def device_names(items: Iterable[TensorItem]) -> str:
+    """A digest of which tensors have digests of the device's algorithm; empty where none has."""
+    names = sorted(item.name for item in items if not is_on_host(item))
+    return hashtree.digest("\n".join([multilinear.ALGORITHM, *names]).encode()).hex() if names else ""
