@@ -165,29 +165,29 @@ class Side:
 def compare(a: Side, b: Side, components: Collection[str] | None = None) -> Comparison:
     """Compare two checkpoints, or only some `components` of them.
 
-    Entries whose digests in the manifests are equal need no index to be read. `FormatError` where an index does not
-    hold whole items.
+    Where the manifests tell that an entry is equal, its indexes are not read. `FormatError` where an index does not hold
+    whole items.
     """
     ours, theirs = a.manifest.components, b.manifest.components
     keys = [key for key in dict.fromkeys([*ours, *theirs]) if components is None or key in components]
     pairs = {key: _matched(ours[key], theirs[key]) for key in keys if key in ours and key in theirs}
-    to_read = [
-        (key, one, other)
+    our_witnesses, their_witnesses = _witnesses(a.manifest), _witnesses(b.manifest)
+    to_read = {
+        (key, one): (key, other)
         for key in pairs
         for one, other in pairs[key].items()
-        if ours[key].entries[one].digest != theirs[key].entries[other].digest
-    ]
-    our_parts = _parts(a, {(key, one) for key, one, _ in to_read})
-    their_parts = _parts(b, {(key, other) for key, _, other in to_read})
+        if our_witnesses[key, one].isdisjoint(their_witnesses[key, other])
+    }
+    our_parts, their_parts = _parts(a, set(to_read)), _parts(b, set(to_read.values()))
     found = []
     for key in keys:
         matched = pairs.get(key, {})
         entries = []
         for one, other in matched.items():
-            if ours[key].entries[one].digest == theirs[key].entries[other].digest:
-                entries.append(_Entry(ours[key].entries[one].num_items))
-            else:
+            if (key, one) in to_read:
                 entries.append(_compare_entry(key, one, items(our_parts[key, one]), items(their_parts[key, other])))
+            else:
+                entries.append(_Entry(ours[key].entries[one].num_items))
         found.append(
             ComponentComparison(
                 key,
@@ -301,6 +301,25 @@ def _matched(a: ComponentRecord, b: ComponentRecord) -> dict[str, str]:
     theirs = {place(name, entry): name for name, entry in b.entries.items()}
     places = {name: place(name, entry) for name, entry in a.entries.items()}
     return {name: theirs[at] for name, at in places.items() if at in theirs}
+
+
+def _witnesses(manifest: CheckpointManifest) -> Mapping[tuple[str, str], set[Hashable]]:
+    """What a manifest says of each entry that is equal on two sides only if all its items are.
+
+    The digests of the index files that hold it; and its own digest if it had one writer, who wrote whole tensors. The
+    digest of an entry of several writers does not say which elements a piece is.
+    """
+    indexes: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, held in manifest.indexes.items():
+        for component, entry in held:
+            indexes[component, entry].append(manifest.files[name].digest)
+    found: dict[tuple[str, str], set[Hashable]] = {}
+    for key, record in manifest.components.items():
+        for name, own in record.entries.items():
+            found[key, name] = {("indexes", *sorted(indexes[key, name]))} if indexes[key, name] else set()
+            if len(own.writers) == 1:
+                found[key, name].add(("entry", own.digest))
+    return found
 
 
 def _unmatched(record: ComponentRecord | None, matched: Collection[str]) -> tuple[Unmatched, ...]:

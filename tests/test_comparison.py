@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import sys
@@ -20,7 +21,7 @@ from forgather_ckpt.dtypes import ITEM_BYTES
 from forgather_ckpt.errors import CheckpointDamaged, FormatError
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.index import AliasRow, Box, Index, IndexEntry, TensorRow, ValueRow
-from forgather_ckpt.manifest import CheckpointManifest, ComponentRecord, EntryRecord, Validation
+from forgather_ckpt.manifest import CheckpointManifest, ComponentRecord, EntryRecord, FileRecord, Validation
 from forgather_ckpt.patterns import SharingPattern, ValidationLevel
 from forgather_ckpt.topology import Coordinates, Topology
 from tests.states import tensor_bytes, tensor_of
@@ -86,7 +87,11 @@ def side(
         check = Validation(ValidationLevel.NONE, "not compared")
         components[key] = ComponentRecord(pattern, names, True, None, entries, "0" * 32, check)
     indexes = {f"index-{number:05}.json": [(part.component, part.entry)] for number, part in enumerate(parts)}
-    manifest = CheckpointManifest(1, 1, "periodic", "", Topology.single(), components, {}, indexes)
+    index_digests = {
+        name: hashtree.digest(repr(part).encode()).hex() for name, part in zip(indexes, parts, strict=True)
+    }
+    records = {name: FileRecord(1, digest, 0) for name, digest in index_digests.items()}
+    manifest = CheckpointManifest(1, 1, "periodic", "", Topology.single(), components, records, indexes)
     contents = dict(zip(indexes, parts, strict=True))
     return Side(manifest, mock.Mock(side_effect=lambda name: Index(0, [contents[name]])))
 
@@ -276,6 +281,33 @@ def test_indexes_are_read_only_for_entries_whose_digests_differ() -> None:
     for read in (one.read_index, other.read_index):
         assert isinstance(read, mock.Mock)
         assert [call.args for call in read.call_args_list] == [("index-00001.json",)]
+
+
+def with_entry(one: Side, **changes: Any) -> Side:
+    """The same with another record of the component `model`'s entry."""
+    record = one.manifest.components["model"]
+    entries = {"all": dataclasses.replace(record.entries["all"], **changes)}
+    components = {"model": dataclasses.replace(record, entries=entries)}
+    return dataclasses.replace(one, manifest=dataclasses.replace(one.manifest, components=components))
+
+
+def test_pieces_that_changed_places_are_a_difference_though_all_digests_are_there() -> None:
+    """The digest of an entry that several ranks wrote is made of their pieces' digests, not of what those are of."""
+    first, second = CONTENT[:BLOCK], bytes(BLOCK)
+    one = side(stored(*cut("t", first + second, BLOCK)))
+    other = side(stored(*cut("t", second + first, BLOCK)))
+    one, other = (with_entry(it, writers=(0, 1), digest="0" * 32) for it in (one, other))
+    assert changes(comparison.compare(one, other)) == [("t", Change.BYTES)]
+
+
+def test_an_entry_of_several_writers_with_the_same_indexes_is_equal_unread() -> None:
+    one, other = (
+        with_entry(side(stored(*cut("t", CONTENT, BLOCK))), writers=(0, 1), digest=digit * 32) for digit in "12"
+    )
+    assert comparison.compare(one, other).is_equal
+    for read in (one.read_index, other.read_index):
+        assert isinstance(read, mock.Mock)
+        read.assert_not_called()
 
 
 def num_calls(function: Callable[[], Any]) -> int:

@@ -169,7 +169,7 @@ def test_b31_any_key_may_be_declared_and_none_becomes_a_path(key):
 def test_a_declaration_is_plain_data_without_the_state():
     one = component(PER_RANK, stateful=Box({}), on_resize=lambda saved, old, new: {}, metadata={"a": 1}, required=False)
     assert one.declaration() == {
-        "key": "model", "pattern": "per_rank", "group": None, "required": False, "level": "none", "names": "local",
+        "key": "model", "pattern": "per_rank", "group": None, "required": False, "level": "none", "exclude": [], "names": "local",
         "on_resize": "function",
     }  # fmt: skip
     strict_json.dumps(one.declaration())

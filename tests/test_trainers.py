@@ -1,5 +1,6 @@
 """The training loop: arguments, schedules, one step, what is saved when, and what a resume takes up."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from forgather_ckpt.component import StateComponent
-from forgather_ckpt.errors import CheckpointError, CheckpointNotFound
+from forgather_ckpt.errors import CheckpointError, CheckpointNotFound, ReplicaMismatch
 from forgather_ckpt.manifest import CheckpointManifest
 from forgather_ckpt.patterns import SharingPattern
 from forgather_ckpt.trainers import DDPTrainer, Trainer, TrainingArguments
@@ -89,6 +90,9 @@ def saves(output_dir: Path) -> list[tuple[int, str]]:
         ({"max_grad_norm": -1.0}, "max_grad_norm must be a finite number of at least 0"),
         ({"fp16": True, "bf16": True}, "exclude each other"),
         ({"checkpoint_timeout_seconds": 0}, "checkpoint_timeout_seconds must be above 0"),
+        ({"validate_replication_steps": -1}, "validate_replication_steps must be a whole number of at least 0"),
+        ({"validate_replication_level": "none"}, "validate_replication_level must be one of quick, tensor, full"),
+        ({"on_replica_mismatch": "ignore"}, 'on_replica_mismatch must be "error" or "warn"'),
         ({"resume_from_checkpoint": "1000"}, "write a step as a number, resume_from_checkpoint=1000"),
         ({"resume_from_checkpoint": ""}, '"latest", "auto", or a path'),
         ({"resume_from_checkpoint": -1}, "write False to start fresh"),
@@ -576,6 +580,45 @@ def test_models_made_differently_and_buffers_that_drift_are_saved_as_replicas(tm
         return saves(tmp_path)
 
     assert values(run_ranks(2, case)) == [[(2, "periodic"), (4, "periodic")]] * 2
+
+
+def flip_at(step: int, on_rank: int) -> Callable[[Trainer], None]:
+    def hook(trainer: Trainer) -> None:
+        if trainer.progress.step == step and trainer.rank == on_rank:
+            trainer.model.linear.weight.data.view(torch.int32)[0, 2] ^= 1 << 16
+
+    return hook
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("level", [None, "quick", "full"])
+def test_a_copy_that_changes_between_saves_is_found_within_the_steps_asked_for(level, tmp_path):
+    def case(rank: int, world_size: int) -> tuple[str, int]:
+        args = make_args(tmp_path, max_steps=9, validate_replication_steps=3, validate_replication_level=level)
+        trainer = DDPTrainer(Normalised(), args, Points(), on_step_end=[flip_at(4, on_rank=1)])
+        with pytest.raises(ReplicaMismatch) as refused:
+            trainer.train()
+        return refused.value.message, trainer.progress.step
+
+    (message, step), other = values(run_ranks(2, case))
+    assert (message, step) == other
+    assert step == 6
+    assert "'model' differs between rank 0 and rank 1 at 'linear.weight' (first at [0, 2]" in message
+    assert json.loads((tmp_path / "replication-report-6.json").read_text())["step"] == 6
+
+
+@pytest.mark.multiprocess
+def test_with_warn_training_goes_on_and_saves_the_majority(tmp_path):
+    def case(rank: int, world_size: int) -> int:
+        settings = {"save_strategy": "steps", "save_steps": 4, "validate_replication_steps": 1}
+        args = make_args(tmp_path, on_replica_mismatch="warn", **settings)
+        trainer = DDPTrainer(make_model(), args, Points(), on_step_end=[flip_at(4, on_rank=2)])
+        trainer.train()
+        return trainer.progress.step
+
+    outcomes = run_ranks(3, case)
+    assert values(outcomes) == [4] * 3
+    assert CheckpointManifest.load(tmp_path / "checkpoint-4").components["model"].validation.trusted == {"all": (0, 1)}
 
 
 @pytest.mark.multiprocess

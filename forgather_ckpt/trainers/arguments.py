@@ -2,11 +2,12 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 SAVE_STRATEGIES = ("no", "steps", "epoch")
+CHECK_LEVELS = ("quick", "tensor", "full")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
 
@@ -34,6 +35,12 @@ class TrainingArguments:
     save_strategy: str = "steps"
     save_steps: int = 500
     """With "steps": save when the step number is a multiple of this, so that a resume keeps the grid."""
+    validate_replication_steps: int = 0
+    """Compare the ranks' copies every so many steps too, not only at saves; 0: only at saves."""
+    validate_replication_level: str | None = None
+    """Of these checks: "quick", "tensor" or "full"; None: what each component says."""
+    on_replica_mismatch: Literal["error", "warn"] = "error"
+    """When copies differ: "error" ends the training, "warn" goes on, and saves store the majority's."""
     resume_from_checkpoint: bool | int | str | Path = False
     """True or "latest": the newest good checkpoint, an error if there is none; "auto": the newest good one, a
     fresh start if there is none; a step (int) or a path: exactly that one."""
@@ -74,6 +81,13 @@ class TrainingArguments:
                 f"lr_scheduler_type must be one of {', '.join(LR_SCHEDULERS)}, not {self.lr_scheduler_type!r}; "
                 "any other one is made by hand and given to the trainer as lr_scheduler="
             )
+        if self.validate_replication_level not in (None, *CHECK_LEVELS):
+            raise ValueError(
+                f"validate_replication_level must be one of {', '.join(CHECK_LEVELS)}, or None for what each component says, "
+                f"not {self.validate_replication_level!r}"
+            )
+        if self.on_replica_mismatch not in ("error", "warn"):
+            raise ValueError(f'on_replica_mismatch must be "error" or "warn", not {self.on_replica_mismatch!r}')
         if self.fp16 and self.bf16:
             raise ValueError("fp16 and bf16 exclude each other; on hardware that has both, bf16 needs no loss scaling")
         if not _is_number(self.checkpoint_timeout_seconds) or not self.checkpoint_timeout_seconds > 0:
@@ -123,5 +137,6 @@ _AT_LEAST = {
     "warmup_steps": 0,
     "logging_steps": 1,
     "save_steps": 1,
+    "validate_replication_steps": 0,
     "dataloader_num_workers": 0,
 }

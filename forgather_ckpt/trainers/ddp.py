@@ -74,12 +74,19 @@ class DDPTrainer(Trainer):
         return loss / self.world_size
 
     def save(self, coordinator: CheckpointCoordinator, kind: str) -> None:
-        # Buffers such as BatchNorm's differ until DDP copies rank 0's over the others', before the next forward
-        # pass. Doing that now changes nothing in the training, and makes the copies equal, as they are declared.
+        self.synchronize_buffers()
+        super().save(coordinator, kind)
+
+    def validate_replication(self, coordinator: CheckpointCoordinator) -> None:
+        self.synchronize_buffers()
+        super().validate_replication(coordinator)
+
+    def synchronize_buffers(self) -> None:
+        """Buffers such as BatchNorm's differ until DDP copies rank 0's over the others', before the next forward pass.
+        Doing that now changes nothing in the training, and makes the copies equal, as they are declared."""
         if self.wrapped.broadcast_buffers:
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, src=0)
-        super().save(coordinator, kind)
 
 
 def lay_out_buckets(model: DistributedDataParallel) -> None:

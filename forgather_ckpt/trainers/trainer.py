@@ -19,6 +19,7 @@ from forgather_ckpt.data.batches import Batch, Samples, map_leaves
 from forgather_ckpt.data.loader import StatefulLoader, in_groups
 from forgather_ckpt.data.position import merge_positions
 from forgather_ckpt.data.seeding import mixed_seed, seed_all
+from forgather_ckpt.differences import mismatch_error
 from forgather_ckpt.errors import CheckpointNotFound
 from forgather_ckpt.optimizer import NamedOptimizer
 from forgather_ckpt.patterns import SharingPattern, ValidationLevel
@@ -95,13 +96,21 @@ class Trainer:
         args = self.args
         seed_all(args.seed + self.rank)
         with CheckpointCoordinator(
-            self, args.output_dir, timeout_seconds=args.checkpoint_timeout_seconds, training_args=args.to_json()
+            self,
+            args.output_dir,
+            timeout_seconds=args.checkpoint_timeout_seconds,
+            on_mismatch=args.on_replica_mismatch,
+            training_args=args.to_json(),
         ) as coordinator:
             resumed_from = self.resume(coordinator)
             self.wrapped.train()
             while not self.is_finished():
                 for batches in in_groups(self.loader, args.gradient_accumulation_steps):
                     self.finish_step(self.reduce_loss(self.training_step(batches)))
+                    if args.validate_replication_steps and is_multiple(
+                        self.progress.step, args.validate_replication_steps
+                    ):
+                        self.validate_replication(coordinator)
                     if args.save_strategy == "steps" and is_multiple(self.progress.step, args.save_steps):
                         self.save(coordinator, "periodic")
                     if self.is_finished():
@@ -147,6 +156,17 @@ class Trainer:
         if self.rank == 0:
             logger.info("resumed from %s at step %d", report.path, self.progress.step)
         return report.path
+
+    def validate_replication(self, coordinator: CheckpointCoordinator) -> None:
+        """Compare the ranks' copies of what they share; what differs ends the training, or is told."""
+        step = self.progress.step
+        reports = coordinator.validate_replication(self.args.validate_replication_level, step=step)
+        if all(report.is_equal for report in reports.values()):
+            return
+        error = mismatch_error(reports.values())
+        if self.args.on_replica_mismatch == "error":
+            raise error
+        logger.warning("at step %d: %s", step, error.message)
 
     def save(self, coordinator: CheckpointCoordinator, kind: str) -> None:
         """Save, unless this step is saved already."""
