@@ -5,7 +5,8 @@ Only this module, in the package's core, calls collectives.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -64,12 +65,12 @@ class Channel:
         self._others = tuple(rank for rank in ranks if rank != comm.rank)
         self._what = f"the transfer among ranks {describe(ranks)}"
         store = comm.channel_store(f"{device.type}/{','.join(map(str, ranks))}")
-        # a group's constructor waits without a word, so meet before
+        # nobody shall make a group, and wait for its members, of which one will not come
         store.set(f"here/{comm.rank}", "")
         keys = [f"here/{rank}" for rank in ranks]
         comm.wait_for(self._others, lambda: store.check(keys), self._what)
         timeout = timedelta(seconds=comm.timeout_seconds + _MARGIN_SECONDS)
-        self.group = _group(store, ranks.index(comm.rank), len(ranks), device, timeout)
+        self.group = self._made(lambda: _group(store, ranks.index(comm.rank), len(ranks), device, timeout))
 
     def broadcast(self, data: torch.Tensor, source: int) -> Any:
         """Begin to send `data` of rank `source` into `data` of the others: contiguous, on the channel's device."""
@@ -81,8 +82,31 @@ class Channel:
     def finish(self, work: Any) -> None:
         """Wait until a broadcast is through; what this thread launches afterwards sees the data."""
         self._comm.wait_for(self._others, work.is_completed, self._what)
-        work.wait()
+        try:
+            work.wait()
+        except RuntimeError:
+            self._comm.blame_the_dead(self._others, self._what)
+            raise
         self._comm.beat()
+
+    def _made(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns. It runs in a thread, which is left alone if this rank need not wait for it any more: a
+        group's constructor waits for the others without a word, and cannot be interrupted."""
+        made: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                made.set_result(make())
+            except BaseException as err:
+                made.set_exception(err)
+
+        threading.Thread(target=run, daemon=True).start()
+        self._comm.wait_for(self._others, made.done, self._what)
+        try:
+            return made.result()
+        except RuntimeError:
+            self._comm.blame_the_dead(self._others, self._what)
+            raise
 
 
 def is_fast(device: torch.device) -> bool:

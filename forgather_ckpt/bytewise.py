@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +16,13 @@ from forgather_ckpt.replication import Verdict, vote
 from forgather_ckpt.structure import TensorItem
 from forgather_ckpt.topology import Ranks
 
-CHUNK_BYTES = 48 << 20
-"""What is sent at once. A rank needs twice as much for what is under way, and once more for small tensors of its own."""
+CHUNK_BYTES = 64 << 20
+"""What is sent at once. A rank needs so much memory for each that is under way, and once more to compare."""
 _IN_FLIGHT = 2
+_ALONE_BYTES = 1 << 20
+"""From host memory, where copies are slow, a part of a tensor so large is sent from where it lies."""
+_MIN_SPLIT_BYTES = 1 << 20
+"""Tensors are cut to fill a chunk, but not for less than this."""
 _SLOT_BYTES = 64 << 10
 """Where a chunk differs is told this precisely."""
 
@@ -29,11 +33,15 @@ Suspects = dict[int, Mapping[str, Sequence[int]]]
 
 
 class Segment(NamedTuple):
-    """Bytes `start` to `stop` of a tensor, which begin where a block does."""
+    """Bytes `start` to `stop` of a tensor."""
 
     item: TensorItem
     start: int
     stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stop - self.start
 
 
 def compare(
@@ -116,18 +124,24 @@ def _blocks(segment: Segment) -> range:
     return range(segment.start // BLOCK_BYTES, -(-segment.stop // BLOCK_BYTES))
 
 
-def chunks(items: Sequence[TensorItem]) -> Iterator[list[Segment]]:
-    """All bytes of the tensors, in lists of at most a chunk together."""
+def chunks(items: Iterable[TensorItem], device: torch.device) -> Iterator[list[Segment]]:
+    """All bytes of the tensors, at most a chunk at a time."""
     chunk: list[Segment] = []
     room = CHUNK_BYTES
     for item in items:
-        for start in range(0, item.num_bytes, CHUNK_BYTES):
-            segment = Segment(item, start, min(item.num_bytes, start + CHUNK_BYTES))
-            if chunk and segment.stop - segment.start > room:
+        start = 0
+        while start < item.num_bytes:
+            left = item.num_bytes - start
+            if device == HOST and left >= _ALONE_BYTES:
+                yield [Segment(item, start, start + min(left, CHUNK_BYTES))]
+                start += CHUNK_BYTES
+                continue
+            if left > room and room < _MIN_SPLIT_BYTES:
                 yield chunk
                 chunk, room = [], CHUNK_BYTES
-            chunk.append(segment)
-            room -= segment.stop - segment.start
+            size = min(left, room // 16 * 16)  # whole elements
+            chunk.append(Segment(item, start, start + size))
+            start, room = start + size, room - size
     if chunk:
         yield chunk
 
@@ -136,6 +150,7 @@ def _differing_segments(
     channel: Channel, items: Sequence[TensorItem], device: torch.device, rank: int
 ) -> Iterator[Segment]:
     source = channel.ranks[0]
+    free: list[torch.Tensor] = []
     under_way: deque[tuple[list[Segment], torch.Tensor, Any]] = deque()
     compared: list[tuple[list[Segment], torch.Tensor]] = []
 
@@ -143,22 +158,24 @@ def _differing_segments(
         chunk, data, work = under_way.popleft()
         channel.finish(work)
         if rank != source:
-            compared.append((chunk, _differing_slots(data, _bytes(chunk, device))))
+            if (slots := _differing_slots(data, _bytes(chunk, device))) is not None:
+                compared.append((chunk, slots))
+            free.append(data.as_strided((CHUNK_BYTES,), (1,), 0))
 
-    for chunk in chunks(items):
+    for chunk in chunks(items, device):
         if rank == source:
             data = _bytes(chunk, device)
         else:
-            size = sum(segment.stop - segment.start for segment in chunk)
-            data = torch.empty(size, dtype=torch.uint8, device=device)
+            # fresh memory for every chunk would cost more than the comparison
+            buffer = free.pop() if free else torch.empty(CHUNK_BYTES, dtype=torch.uint8, device=device)
+            data = buffer[: sum(segment.num_bytes for segment in chunk)]
         under_way.append((chunk, data, channel.broadcast(data, source)))
-        del data
         if len(under_way) == _IN_FLIGHT:
             finish_one()
     while under_way:
         finish_one()
-    for chunk, flags in compared:
-        yield from _touched(chunk, flags.cpu().nonzero().flatten().tolist())
+    for chunk, slots in compared:
+        yield from _touched(chunk, slots.cpu().nonzero().flatten().tolist())
 
 
 def _bytes(chunk: Sequence[Segment], device: torch.device) -> torch.Tensor:
@@ -167,16 +184,16 @@ def _bytes(chunk: Sequence[Segment], device: torch.device) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _differing_slots(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """For each slot of two equally long buffers whether it differs: 1-D bool, on their device, which may still work."""
-    whole = one.numel() // _SLOT_BYTES * _SLOT_BYTES
+def _differing_slots(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor | None:
+    """For each slot of two equally long buffers whether it differs: 1-D bool, on their device, which may still work on
+    it. None where it is known already that none does."""
     word = _widest(one, other)
-    flags = []
-    if whole:
-        flags.append((one[:whole].view(word) != other[:whole].view(word)).view(whole // _SLOT_BYTES, -1).any(dim=1))
-    if whole < one.numel():
-        flags.append((one[whole:] != other[whole:]).any().view(1))
-    return torch.cat(flags)
+    whole = one.numel() // _SLOT_BYTES * _SLOT_BYTES
+    slots = [part[:whole].view(word).view(whole // _SLOT_BYTES, _SLOT_BYTES // word.itemsize) for part in (one, other)]
+    if one.device == HOST and torch.equal(*slots) and torch.equal(one[whole:], other[whole:]):
+        return None
+    found = (slots[0] != slots[1]).any(dim=1)
+    return found if whole == one.numel() else torch.cat([found, (one[whole:] != other[whole:]).any().view(1)])
 
 
 def _widest(*buffers: torch.Tensor) -> torch.dtype:
@@ -189,9 +206,9 @@ def _widest(*buffers: torch.Tensor) -> torch.dtype:
 
 def _touched(chunk: Sequence[Segment], slots: Sequence[int]) -> Iterator[Segment]:
     """The parts of a chunk's segments that lie in some slots."""
-    ends = list(itertools.accumulate(segment.stop - segment.start for segment in chunk))
+    ends = list(itertools.accumulate(segment.num_bytes for segment in chunk))
     for segment, end in zip(chunk, ends, strict=True):
-        begin = end - (segment.stop - segment.start)
+        begin = end - segment.num_bytes
         for slot in slots:
             first, last = max(begin, slot * _SLOT_BYTES), min(end, (slot + 1) * _SLOT_BYTES)
             if first < last:

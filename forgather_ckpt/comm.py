@@ -147,7 +147,7 @@ class Comm:
             time.sleep(pause)
             now = time.monotonic()
             if now < next_look:
-                pause = 20e-6 if now < started + 0.05 else 0.002
+                pause = min(pause * 1.2 + 10e-6, 0.002)
                 continue
             next_look = now + _LIVENESS_SECONDS
             self._store.add(f"waits/{self.rank}", 1)
@@ -165,6 +165,16 @@ class Comm:
                     f"{what} failed: {told} within {self.timeout_seconds:g} s (timeout_seconds)",
                     rank=silent[0] if silent else None,
                 )
+
+    def blame_the_dead(self, others: Ranks, what: str) -> None:
+        """Inside the work of a phase, after a transfer has failed: `RankTimeout` if that is because one of `others`
+        died, which its connections tell sooner than the kernel does."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline:
+            self._leave_if_failed()
+            if dead := [rank for rank in others if self._is_dead(rank)]:
+                raise RankTimeout(f"{what} failed: {self._name_dead(dead)}", rank=dead[0])
+            time.sleep(_MAX_POLL_SECONDS)
 
     @property
     def _silence_seconds(self) -> float:

@@ -6,6 +6,7 @@ in the same way. So a flat state dict keeps its own names, and different paths h
 Every name is valid Unicode: a str key that is not (lone surrogates) is written as `~k` too.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -36,17 +37,13 @@ Path: TypeAlias = tuple[Any, ...]
 
 def encode_path(path: Path) -> str:
     """The name of the leaf at `path`; `values.NotPlain` where a key is not plain data."""
-    return "/".join(encode_step(step) for step in path)
+    return encode_step(path[0]) if len(path) == 1 else "/".join(map(encode_step, path))
 
 
 def encode_step(step: Any) -> str:
     kind = type(step)
     if kind is str:
-        try:
-            step.encode("utf-8")
-            return _escape(step)
-        except UnicodeEncodeError:
-            return "~k" + _escape(values.dumps(step).decode("ascii"))
+        return _encode_text(step)
     if kind is int:
         if abs(step) >= _INT_LIMIT:
             raise values.NotPlain("an int key has at most 4,000 digits")
@@ -56,6 +53,15 @@ def encode_step(step: Any) -> str:
     if kind is TupleIndex:
         return f"~t{step.index}"
     return "~k" + _escape(values.dumps(step).decode("ascii"))
+
+
+@functools.lru_cache(1 << 17)  # every save asks for the same ones
+def _encode_text(step: str) -> str:
+    try:
+        step.encode("utf-8")
+        return _escape(step)
+    except UnicodeEncodeError:
+        return "~k" + _escape(values.dumps(step).decode("ascii"))
 
 
 def decode_path(name: str) -> Path:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from forgather_ckpt import CheckpointCoordinator, NamedOptimizer, RNGState, SharingPattern, StateComponent
-from forgather_ckpt.errors import ReplicaMismatch
+from forgather_ckpt import CheckpointCoordinator, NamedOptimizer, RNGState, SharingPattern, StateComponent, bytewise
+from forgather_ckpt.errors import RankFailed, ReplicaMismatch
 
 
 class Holder:
@@ -64,16 +64,50 @@ class Job:
         ]
 
 
-def check_that_a_difference_is_seen(job: Job, coordinator: CheckpointCoordinator) -> None:
+LEVELS = ("quick", "tensor", "full")
+
+
+def check_that_copies_are_compared(job: Job, coordinator: CheckpointCoordinator) -> None:
+    """On the devices, through NCCL at FULL; equal copies first, then one element that differs on rank 1."""
+    for level in LEVELS:
+        assert all(report.is_equal for report in coordinator.validate_replication(level).values())
+    assert "cuda" in {device for _, device in coordinator._job.channels._open}
+    check_that_a_failure_leaves_full_usable(coordinator)
+    weight = job.model[0].weight
+    before = weight[17, 4].item()
     with torch.no_grad():
         if dist.get_rank() == 1:
-            job.model[0].weight[17, 4] += 2**-20
+            weight[17, 4] += 2**-10
+    for level in LEVELS:
+        reports = coordinator.validate_replication(level)
+        assert [key for key, report in reports.items() if not report.is_equal] == ["model"], reports
+        [item] = reports["model"].differences[0].items
+        [copy] = item.minorities
+        assert (item.name, item.majority, copy.ranks) == ("0.weight", (0,), (1,)), item
+        assert (copy.elements.num_different, copy.elements.first_index) == (1, (17, 4)), copy
     try:
         coordinator.save_checkpoint(6)
     except ReplicaMismatch as err:
-        assert "0.weight" in err.message, err
+        assert "'0.weight' (first at [17, 4]" in err.message, err
     else:
         raise AssertionError("a difference between the replicas was not seen")
+    with torch.no_grad():
+        weight[17, 4] = before
+    assert coordinator.save_checkpoint(6).name == "checkpoint-6"
+
+
+def check_that_a_failure_leaves_full_usable(coordinator: CheckpointCoordinator) -> None:
+    compare = bytewise._differing_slots
+    if dist.get_rank() == 1:
+        bytewise._differing_slots = None  # type: ignore[assignment]  # calling it raises
+    try:
+        coordinator.validate_replication("full")
+    except RankFailed as err:
+        assert err.rank == 1, err
+    else:
+        raise AssertionError("a rank failed, and the check said nothing")
+    bytewise._differing_slots = compare
+    assert all(report.is_equal for report in coordinator.validate_replication("full").values())
 
 
 def main(run_directory: str) -> None:
@@ -100,7 +134,7 @@ def main(run_directory: str) -> None:
             second.stage.state[f"stage.{dist.get_rank()}.weight"].cpu(), torch.full((3, 5), float(dist.get_rank()))
         )
         if dist.get_world_size() > 1:
-            check_that_a_difference_is_seen(first, coordinator)
+            check_that_copies_are_compared(first, coordinator)
     if dist.get_rank() == 0:
         print(f"exact: {dist.get_world_size()}", flush=True)
     dist.destroy_process_group()
