@@ -4,6 +4,7 @@ They are made over the job's store, whatever default group there is or is not: g
 Only this module, in the package's core, calls collectives.
 """
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -47,13 +48,10 @@ class Channels:
         return self._open[key]
 
     def close(self, *, abort: bool = False) -> None:
-        groups = [channel.group for channel in self._open.values()]
+        channels = list(self._open.values())
         self._open.clear()
-        if abort:
-            for group in groups:
-                group.abort()
-        # a gloo group's destructor waits for what is under way, which ends when the peers destroy theirs
-        threading.Thread(target=groups.clear, daemon=True).start()
+        for channel in channels:
+            channel.close(abort=abort)
 
 
 class Channel:
@@ -64,6 +62,7 @@ class Channel:
         self._comm = comm
         self._others = tuple(rank for rank in ranks if rank != comm.rank)
         self._what = f"the transfer among ranks {describe(ranks)}"
+        self._under_way: list[Any] = []
         store = comm.channel_store(f"{device.type}/{','.join(map(str, ranks))}")
         # nobody shall make a group, and wait for its members, of which one will not come
         store.set(f"here/{comm.rank}", "")
@@ -77,7 +76,9 @@ class Channel:
         options = dist.BroadcastOptions()
         options.rootRank = self.ranks.index(source)
         options.rootTensor = 0
-        return self.group.broadcast([data], options)
+        work = self.group.broadcast([data], options)
+        self._under_way.append(work)
+        return work
 
     def finish(self, work: Any) -> None:
         """Wait until a broadcast is through; what this thread launches afterwards sees the data."""
@@ -87,7 +88,17 @@ class Channel:
         except RuntimeError:
             self._comm.blame_the_dead(self._others, self._what)
             raise
+        self._under_way.remove(work)
         self._comm.beat()
+
+    def close(self, *, abort: bool) -> None:
+        if abort:
+            self.group.abort()
+        if any(not work.is_completed() for work in self._under_way):
+            # Its destructor would wait for what is under way, until the timeout: the group is given to the process.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
+        self._under_way.clear()
+        del self.group
 
     def _made(self, make: Callable[[], Any]) -> Any:
         """What `make` returns. It runs in a thread, which is left alone if this rank need not wait for it any more: a

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from forgather_ckpt import CheckpointCoordinator, CheckpointManifest, SharingPattern, StateComponent, writing
 from tests.components import Box, Refusal, is_same, listing, refusal, sample, the_same
 from tests.ranks import run_ranks, values
+from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.multiprocess
 
@@ -390,3 +391,30 @@ def test_a_thread_that_keeps_changing_compared_state_never_gets_a_mix_stored(tmp
     assert len(results) == 4
     assert moments <= {True}
     assert all(isinstance(result, str) or result[0] in ("ReplicaMismatch", "CheckpointError") for result in results)
+
+
+JOB = """
+import sys
+import torch
+import torch.distributed as dist
+from forgather_ckpt import CheckpointCoordinator, SharingPattern, StateComponent
+from tests.components import Box
+
+dist.init_process_group("gloo")
+box = Box({"weight": torch.full((1 << 20,), float(dist.get_rank() == 1))})
+with CheckpointCoordinator([StateComponent("model", box, SharingPattern.REPLICATED)], sys.argv[1]) as coordinator:
+    [report] = coordinator.validate_replication("full").values()
+print(f"rank {dist.get_rank()}: {report.differences[0].minority}", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_a_job_that_has_compared_all_bytes_ends_as_it_should(tmp_path: Path):
+    """Threads of a process group that outlive the interpreter would end the process by a signal."""
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    result = torchrun([script, tmp_path / "run"], nproc=3)
+    assert result.returncode == 0, result.output
+    assert sorted(line for line in result.output.splitlines() if line.startswith("rank ")) == [
+        f"rank {rank}: (1,)" for rank in range(3)
+    ]
