@@ -151,12 +151,14 @@ def _pattern(record: ComponentRecord) -> str:
 
 
 def _check(validation: Validation) -> str:
+    num_excluded = sum(len(names) for names in validation.excluded.values())
+    excluded = f", {num_excluded} not compared" if num_excluded else ""
     match validation.result:
         case "equal":
-            return f"{validation.level.name}: {text.plural(validation.num_items, 'item')} equal on all holders"
+            return f"{validation.level.name}: {text.plural(validation.num_items, 'item')} equal on all holders{excluded}"
         case "differed":
             trusted = "; ".join(describe(ranks) for ranks in validation.trusted.values())
-            return f"{validation.level.name}: DIFFERED, saved from rank {trusted}"
+            return f"{validation.level.name}: DIFFERED, saved from rank {trusted}{excluded}"
         case result:
             return text.printable(result)
 
