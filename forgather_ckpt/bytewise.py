@@ -139,7 +139,7 @@ def chunks(items: Iterable[TensorItem], device: torch.device) -> Iterator[list[S
             if left > room and room < _MIN_SPLIT_BYTES:
                 yield chunk
                 chunk, room = [], CHUNK_BYTES
-            size = min(left, room // 16 * 16)  # whole elements
+            size = left if left <= room else room // 16 * 16  # whole elements
             chunk.append(Segment(item, start, start + size))
             start, room = start + size, room - size
     if chunk:
@@ -197,9 +197,11 @@ def _differing_slots(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor | N
 
 
 def _widest(*buffers: torch.Tensor) -> torch.dtype:
-    """The widest words that all addresses allow, as those are compared fastest."""
+    """The widest words that all addresses allow, as those are compared fastest; and all places in their storages, which
+    may begin anywhere themselves."""
+    starts = [start for buffer in buffers for start in (buffer.data_ptr(), buffer.storage_offset())]
     for dtype in (torch.int64, torch.int32, torch.int16):
-        if all(buffer.data_ptr() % dtype.itemsize == 0 for buffer in buffers):
+        if all(start % dtype.itemsize == 0 for start in starts):
             return dtype
     return torch.uint8
 

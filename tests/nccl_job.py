@@ -96,6 +96,21 @@ def check_that_copies_are_compared(job: Job, coordinator: CheckpointCoordinator)
     assert coordinator.save_checkpoint(6).name == "checkpoint-6"
 
 
+def check_that_full_takes_little_memory(device: torch.device, directory: str) -> None:
+    """Of 1 GiB in tensors of all sizes, 256 MiB more."""
+    sizes = [1 << 28, 1 << 27, *[20 << 20] * 12, *[50_001] * 8000]
+    state = {f"t{number}": torch.ones(size, dtype=torch.uint8, device=device) for number, size in enumerate(sizes)}
+    state["transposed"] = torch.ones(4096, 20_000, device=device).t()
+    component = StateComponent("model", Holder(state), SharingPattern.REPLICATED)
+    with CheckpointCoordinator([component], directory) as coordinator:
+        for level in LEVELS:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            assert all(report.is_equal for report in coordinator.validate_replication(level).values())
+            more = torch.cuda.max_memory_allocated() - before
+            assert more <= 256 << 20, f"{level}: {more} bytes"
+
+
 def check_that_a_failure_leaves_full_usable(coordinator: CheckpointCoordinator) -> None:
     compare = bytewise._differing_slots
     if dist.get_rank() == 1:
@@ -135,6 +150,7 @@ def main(run_directory: str) -> None:
         )
         if dist.get_world_size() > 1:
             check_that_copies_are_compared(first, coordinator)
+            check_that_full_takes_little_memory(device, f"{run_directory}-large")
     if dist.get_rank() == 0:
         print(f"exact: {dist.get_world_size()}", flush=True)
     dist.destroy_process_group()
