@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from forgather_ckpt.manifest import CheckpointManifest
     from forgather_ckpt.optimizer import NamedOptimizer
     from forgather_ckpt.patterns import SharingPattern, ValidationLevel
+    from forgather_ckpt.recorder import DigestRecorder
     from forgather_ckpt.rng import RNGState
     from forgather_ckpt.topology import Topology
 
@@ -23,6 +24,7 @@ _MODULES = {
     "CheckpointError": "errors",
     "CheckpointManifest": "manifest",
     "CheckpointNotFound": "errors",
+    "DigestRecorder": "recorder",
     "LoadReport": "load",
     "NamedOptimizer": "optimizer",
     "RNGState": "rng",
@@ -40,6 +42,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointManifest",
     "CheckpointNotFound",
+    "DigestRecorder",
     "LoadReport",
     "NamedOptimizer",
     "RNGState",

@@ -62,6 +62,7 @@ class Channel:
         self._comm = comm
         self._others = tuple(rank for rank in ranks if rank != comm.rank)
         self._what = f"the transfer among ranks {describe(ranks)}"
+        self._device = device
         self._under_way: list[Any] = []
         store = comm.channel_store(f"{device.type}/{','.join(map(str, ranks))}")
         # nobody shall make a group, and wait for its members, of which one will not come
@@ -81,8 +82,12 @@ class Channel:
         return work
 
     def finish(self, work: Any) -> None:
-        """Wait until a broadcast is through; what this thread launches afterwards sees the data."""
-        self._comm.wait_for(self._others, work.is_completed, self._what)
+        """Wait until a broadcast is through; what this rank launches on the device from now on sees the data.
+
+        On a device, only what is launched there waits: call `settle` at the end.
+        """
+        if self._device.type == "cpu":
+            self._comm.wait_for(self._others, work.is_completed, self._what)
         try:
             work.wait()
         except RuntimeError:
@@ -90,6 +95,13 @@ class Channel:
             raise
         self._under_way.remove(work)
         self._comm.beat()
+
+    def settle(self) -> None:
+        """Wait until the device has done what was launched so far."""
+        if self._device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(self._device))
+            self._comm.wait_for(self._others, done.query, self._what)
 
     def close(self, *, abort: bool) -> None:
         if abort:

@@ -174,8 +174,11 @@ def _differing_segments(
             finish_one()
     while under_way:
         finish_one()
-    for chunk, slots in compared:
-        yield from _touched(chunk, slots.cpu().nonzero().flatten().tolist())
+    channel.settle()
+    if compared:  # one copy from the device, not one a chunk
+        flags = torch.cat([slots for _, slots in compared]).cpu().split([len(slots) for _, slots in compared])
+        for (chunk, _), slots in zip(compared, flags, strict=True):
+            yield from _touched(chunk, slots.nonzero().flatten().tolist())
 
 
 def _bytes(chunk: Sequence[Segment], device: torch.device) -> torch.Tensor:

@@ -26,7 +26,8 @@ LAYERS = [
     # the file system
     ("files", "liveness"),
     ("lease", "catalog", "environment"),
-    ("commit", "verify"),
+    ("commit", "verify", "digest_log"),
+    ("divergence", "digest_writer"),
     ("cli",),
     ("__main__",),
     # --- no torch, no numpy above this line
@@ -35,7 +36,7 @@ LAYERS = [
     ("memory", "holdings", "job"),
     ("reading", "writing", "settle", "device_digest"),
     ("digests",),
-    ("bytewise",),
+    ("bytewise", "recorder"),
     ("mismatch",),
     ("check",),
     ("assembly", "validate", "save"),

@@ -14,6 +14,7 @@ from forgather_ckpt.cli.anatomy import show
 from forgather_ckpt.cli.bisection import bisect
 from forgather_ckpt.cli.comparison import diff
 from forgather_ckpt.cli.listing import ls
+from forgather_ckpt.cli.recording import digests
 from forgather_ckpt.cli.text import printable
 from forgather_ckpt.cli.verification import verify
 from forgather_ckpt.errors import CheckpointError, CheckpointNotFound, RunDirectoryInUse, StorageError
@@ -71,6 +72,7 @@ fgckpt.add_command(show)
 fgckpt.add_command(verify)
 fgckpt.add_command(diff)
 fgckpt.add_command(bisect)
+fgckpt.add_command(digests)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
