@@ -105,6 +105,7 @@ class Comm:
             # KeyboardInterrupt, SystemExit: this rank obeys, after the others have been told
             if self.rank == 0:
                 self._post(f"{prefix}/verdict", {"error": one_error(phase, {0: message}).to_wire()})
+            self._announce_exit(cause)
             raise cause
         try:
             verdict = self._lead(prefix, phase, decide) if self.rank == 0 else self._follow(prefix, phase)
@@ -207,10 +208,13 @@ class Comm:
             self._working_on = None
 
     def _announce_exit(self, err: BaseException) -> None:
-        """Tell the others, who go on to the next phase, that this rank was interrupted while it waited for them."""
+        """Tell the others, who may go on to the next phase, that this rank was interrupted and will not come to it."""
         failure = RankFailed(f"interrupted by {type(err).__name__}", rank=self.rank)
         prefix = f"{self._operation}/{self._phase + 1}"
-        self._post(f"{prefix}/{self.rank}", {"error": failure.to_wire()})
+        message = {"error": failure.to_wire()}
+        self._post(f"{prefix}/{self.rank}", message)
+        if self.rank == 0:
+            self._post(f"{prefix}/verdict", {"error": one_error("the operation", {0: message}).to_wire()})
         self._raise_flag(prefix)
 
     def _raise_flag(self, prefix: str) -> None:

@@ -81,7 +81,8 @@ class StateComponent:
     validation_exclude: Sequence[str] = ()
     """Shell patterns of item names that are not compared, such as "*.running_mean": what differs by design, or is of
     no account. They are stored as the lowest rank of the majority has them, and the manifest names them."""
-    _has_own_level: bool = field(init=False, repr=False, compare=False, default=False)
+    _has_own_level: bool | None = field(repr=False, compare=False, default=None, kw_only=True)
+    """Whether the level was given; `dataclasses.replace` passes it on, where the level itself is no longer None."""
 
     def __post_init__(self) -> None:
         def refuse(problem: str) -> DeclarationError:
@@ -96,7 +97,8 @@ class StateComponent:
             raise refuse(f"{self.sharing_pattern!r} is not a sharing pattern; use one of {choices}") from None
         object.__setattr__(self, "sharing_pattern", pattern)
         traits = TRAITS[pattern]
-        object.__setattr__(self, "_has_own_level", self.validation_level is not None)
+        if self._has_own_level is None:
+            object.__setattr__(self, "_has_own_level", self.validation_level is not None)
         if self.validation_level is None:
             level = ValidationLevel.QUICK if traits.compared else ValidationLevel.NONE
         else:

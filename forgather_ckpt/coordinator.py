@@ -149,7 +149,7 @@ class CheckpointCoordinator:
         """
         job, keys = self._job, None
         if _is_list_of_keys(components):
-            keys = tuple(components)
+            keys = tuple(sorted(set(components)))
         elif components is not None:
             job = replace(job, source=_Refused(DeclarationError(_not_keys(components))))
         request = LoadRequest(which, keys, strict, staged)
@@ -169,7 +169,8 @@ class CheckpointCoordinator:
         *,
         step: int | None = None,
     ) -> Mapping[str, ReplicationReport]:
-        """Compare the copies without saving: a report, the same on all ranks, for each component with several holders.
+        """Compare the copies without saving: a report, the same on all ranks (but for its seconds), for each component with several
+        holders.
 
         `level` is for all components; without it each has its own, and QUICK where that is NONE. Copies that differ
         are no error: ask `report.is_equal`, print `report.text()`, or `raise mismatch_error(reports.values())`. They
@@ -187,7 +188,7 @@ class CheckpointCoordinator:
                 raise DeclarationError(f"step is {step!r}; use a number of steps, from 0, or None")
 
         chosen = ValidationLevel(level) if level in list(ValidationLevel) else None
-        keys = tuple(components) if _is_list_of_keys(components) else None
+        keys = tuple(sorted(set(components))) if _is_list_of_keys(components) else None
         return validate(self._job, ValidationRequest(chosen, keys, step), prepare=prepare)
 
     def close(self) -> None:

@@ -24,9 +24,12 @@ class Holding:
         return [*self.tensors, *self.values, *self.aliases]
 
     def excluded(self) -> list[str]:
-        """The items that the component wants left out of comparisons."""
+        """The items that the component wants left out of comparisons. A tied tensor is, where it is under all names."""
+        if not self.portion.exclude:
+            return []
         matches = re.compile("|".join(fnmatch.translate(pattern) for pattern in self.portion.exclude)).match
-        return sorted(name for name in self.names if matches(name)) if self.portion.exclude else []
+        compared = {alias.target for alias in self.aliases.values() if not matches(alias.name)}
+        return sorted(name for name in self.names if matches(name) and name not in compared)
 
     def compared(self) -> "Holding":
         """The others."""

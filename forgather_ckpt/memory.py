@@ -20,7 +20,9 @@ _SPAN_BYTES = 8 * BLOCK_BYTES
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's elements in C order as 1-D uint8, sharing its memory where it is contiguous, else a copy."""
-    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    # torch cannot copy every type of one byte
+    dense = (plain.view(torch.uint8) if plain.element_size() == 1 else plain).contiguous()
     # not reshape(-1), which keeps the stride of a single element, whatever that is, and `view` wants it to be 1
     flat = dense.as_strided((dense.numel(),), (1,))
     return flat.view(torch.uint8) if dense.numel() else torch.empty(0, dtype=torch.uint8)
@@ -47,6 +49,8 @@ def _element_range(tensor: torch.Tensor, start: int, stop: int) -> Iterator[torc
     """Views that hold the elements `start` to `stop` in C order, one after the other."""
     if start == 0 and stop == tensor.numel():
         yield tensor
+        return
+    if start == stop:
         return
     row = tensor.numel() // tensor.shape[0]
     first, last = start // row, -(-stop // row)

@@ -6,6 +6,7 @@ with the number of ranks; of more than `MAX_STATES`, the others are named but no
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypedDict
 
 import torch
@@ -48,6 +49,8 @@ class _Item(TypedDict):
     """The value that each class has."""
     blocks: list[int]
     """Of a tensor that is to be measured: the blocks in which some class differs from the majority."""
+    is_suspect: bool
+    """Digests are equal; bytes in its neighbourhood were not."""
 
 
 def locate(
@@ -163,11 +166,14 @@ def _items(
             classes = vote(state_of).classes
             described = [columns[state_of[ranks[0]]][row] for ranks in classes]
             name, kind, *facts = described[0]
-            items.append(_Item(name=name, kind=kind, dtype=None, shape=None, classes=[], shown=[], blocks=[]))
+            items.append(
+                _Item(name=name, kind=kind, dtype=None, shape=None, classes=[], shown=[], blocks=[], is_suspect=False)
+            )
             items[-1]["classes"] = [list(ranks) for ranks in classes]
             if kind == "tensor":
                 items[-1]["dtype"], items[-1]["shape"] = facts[:2]
                 items[-1]["shown"] = [None] * len(classes)
+                items[-1]["is_suspect"] = len({one[4] for one in described}) == 1
                 num_measured += 1
                 if num_measured <= MAX_MEASURED:
                     items[-1]["blocks"] = _differing_blocks(described)
@@ -252,30 +258,44 @@ def _measure_portion(job: Job, holding: Holding, ranks: Ranks, items: Sequence[_
 def _difference(
     portion: Portion, verdict: Verdict, num_items: int, items: Sequence[_Item], measured: Measured
 ) -> SetDifference:
-    told = tuple(
-        ItemDifference(
-            item["name"],
-            item["kind"],
-            item["dtype"],
-            None if item["shape"] is None else tuple(item["shape"]),
-            tuple(item["classes"][0]),
-            tuple(
-                Copy(tuple(ranks), measured.get((place, state)), item["shown"][state])
-                for state, ranks in enumerate(item["classes"])
-                if state > 0
-            ),
-            item["shown"][0],
-        )
-        for place, item in enumerate(items)
-    )
+    told = [_item_difference(place, item, measured) for place, item in enumerate(items)]
+    # where bytes were compared in large slots, small tensors beside one that differs have come under suspicion too
+    cleared = [_cleared(one) if item["is_suspect"] else one for one, item in zip(told, items, strict=True)]
+    guilty = [one for one in cleared if one.minorities] or told
     return SetDifference(
         entry=portion.entry,
         holders=portion.holders,
         majority=verdict.majority,
         minority=verdict.minority,
-        items=told,
+        items=tuple(guilty),
         num_items_not_shown=num_items - len(told),
         num_not_measured=sum(
-            item.kind == "tensor" and any(copy.elements is None for copy in item.minorities) for item in told
+            item.kind == "tensor" and any(copy.elements is None for copy in item.minorities) for item in guilty
         ),
+    )
+
+
+def _item_difference(place: int, item: _Item, measured: Measured) -> ItemDifference:
+    return ItemDifference(
+        item["name"],
+        item["kind"],
+        item["dtype"],
+        None if item["shape"] is None else tuple(item["shape"]),
+        tuple(item["classes"][0]),
+        tuple(
+            Copy(tuple(ranks), measured.get((place, state)), item["shown"][state])
+            for state, ranks in enumerate(item["classes"])
+            if state > 0
+        ),
+        item["shown"][0],
+    )
+
+
+def _cleared(item: ItemDifference) -> ItemDifference:
+    """Without the copies in which no element was found to differ: those are the majority's too."""
+    equal = [copy for copy in item.minorities if copy.elements is not None and not copy.elements.num_different]
+    return replace(
+        item,
+        majority=tuple(sorted([*item.majority, *(rank for copy in equal for rank in copy.ranks)])),
+        minorities=tuple(copy for copy in item.minorities if copy not in equal),
     )

@@ -17,9 +17,13 @@ T = TypeVar("T")
 _LIST_OF_NUMBERS = re.compile(r"\[\n\s*(-?\d+(?:,\n\s*-?\d+)*)\n\s*\]")
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+"""Made once: `json.dumps` would make one for each of thousands of small values."""
+
+
 def dumps(value: Any) -> bytes:
     """ASCII bytes of a JSON value; refuses NaN and infinities (`ValueError`)."""
-    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
+    return _ENCODER.encode(value).encode("ascii")
 
 
 def pretty(value: Any) -> bytes:

@@ -175,6 +175,14 @@ def test_a_declaration_is_plain_data_without_the_state():
     strict_json.dumps(one.declaration())
 
 
+def test_a_component_that_is_replaced_keeps_the_level_for_names_of_several_sets():
+    default = component(PER_RANK, names="global")
+    asked = component(PER_RANK, names="global", validation_level="none")
+    for one, level in ((default, ValidationLevel.QUICK), (asked, ValidationLevel.NONE)):
+        assert one.level_for(2) is level
+        assert dataclasses.replace(one, key="other").level_for(2) is level
+
+
 def test_a_declaration_does_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         component().key = "other"

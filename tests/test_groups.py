@@ -283,7 +283,8 @@ def test_a_global_name_means_one_item_on_all_ranks_that_have_it(tmp_path: Path):
             "bytes",
             {0: {"embedding": torch.zeros(2)}, 3: {"embedding": torch.ones(2)}},
             "ReplicaMismatch",
-            "'model' differs between rank 0 and rank 3 at 'embedding' (first at [0], max |Δ| 1); expected identical state in all holders (0, 3)",
+            "'model' differs between rank 0 and rank 3 at 'embedding' (first at [0], max |Δ| 1); expected identical state in "
+            "all holders (0, 3)",
         ),
         (
             "values",

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from forgather_ckpt import CheckpointCoordinator, CheckpointManifest, SharingPattern, StateComponent, catalog, files
-from forgather_ckpt.errors import DeclarationError
+from forgather_ckpt import (
+    CheckpointCoordinator,
+    CheckpointManifest,
+    NamedOptimizer,
+    SharingPattern,
+    StateComponent,
+    bulk,
+    catalog,
+    files,
+)
+from forgather_ckpt.comm import Comm
+from forgather_ckpt.errors import DeclarationError, RankFailed
 from tests.components import Box, is_same, listing, refusal, sample, the_same
 from tests.ranks import run_ranks, values
 
@@ -199,6 +212,254 @@ def test_b10_rank_0_chooses_the_checkpoint_for_all(tmp_path: Path):
         return report.step, box.items["step"]
 
     assert the_same(values(run_ranks(3, case))) == (3, 3)
+
+
+# ---- B. validation that does not validate
+
+
+LEVELS = ("quick", "tensor", "full")
+
+
+def told_at_every_level(run: Path, state_of: Any, num_ranks: int = 2, stateful: Any = Box) -> Any:
+    """The error of a save at each level, the same on all ranks, of states that `state_of(rank)` makes."""
+
+    def case(rank: int, world_size: int) -> list[Any]:
+        told = []
+        for level in LEVELS:
+            component = StateComponent("part", stateful(state_of(rank)), REPLICATED, validation_level=level)
+            with coordinator_of(run, [component]) as coordinator:
+                told.append(refusal(lambda c=coordinator: c.save_checkpoint(1)))
+        return told
+
+    told = the_same(values(run_ranks(num_ranks, case)))
+    assert [name for name in listing(run) if name.startswith(("checkpoint", "."))] == []
+    return told
+
+
+def stepped(rank: int, *, seed: int = 0) -> torch.optim.Optimizer:
+    parameter = torch.nn.Parameter(torch.zeros(20))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.randn(20, generator=torch.Generator().manual_seed(seed))
+    optimizer.step()
+    parameter.grad = None
+    return optimizer
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_b11_the_state_of_a_real_optimizer_is_compared_at_every_level(is_named: bool, tmp_path: Path):
+    """TENSOR and FULL looked at two levels of nesting, and an optimizer's tensors lie at the third: they saw none."""
+
+    class Taken:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        def state_dict(self) -> dict[str, Any]:
+            if not is_named:
+                return self.optimizer.state_dict()
+            module = torch.nn.Module()
+            module.weight = self.optimizer.param_groups[0]["params"][0]
+            return NamedOptimizer(self.optimizer, [module]).state_dict()
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def state_of(rank: int) -> torch.optim.Optimizer:
+        optimizer = stepped(rank)
+        [state] = optimizer.state.values()
+        state["exp_avg"][17] += rank
+        state["step"] += rank
+        return optimizer
+
+    prefix = "state.weight." if is_named else "state/~i0/"
+    for kind, message in told_at_every_level(tmp_path, state_of, stateful=Taken):
+        assert kind == "ReplicaMismatch"
+        assert f"at '{prefix}exp_avg' (first at [17], max |Δ| 1), '{prefix}step' (max |Δ| 1); expected" in message
+
+
+def test_b12_numbers_are_compared_at_every_level(tmp_path: Path):
+    """TENSOR and FULL left out what is no tensor: another last_epoch or learning rate passed."""
+
+    def state_of(rank: int) -> Any:
+        optimizer = stepped(rank)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1 if rank else 2)
+        optimizer.step()
+        schedule.step()
+        return schedule.state_dict()
+
+    for kind, message in told_at_every_level(tmp_path, state_of):
+        assert kind == "ReplicaMismatch"
+        assert "'_last_lr' ([0.001] against [0.0001]), 'step_size' (2 against 1); expected" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_b13_types_that_numpy_lacks_are_compared_and_saved(dtype: torch.dtype, tmp_path: Path):
+    """The check of a bfloat16 model ended in a TypeError: it was saved unchecked, or never."""
+
+    def state_of(rank: int) -> dict[str, Any]:
+        return {"weight": torch.tensor([1.0, 2.0 + 2 * rank]).to(dtype)}
+
+    for kind, message in told_at_every_level(tmp_path, state_of):
+        assert kind == "ReplicaMismatch"
+        assert "at 'weight' (first at [1], max |Δ| 2)" in message
+
+    def case(rank: int, world_size: int) -> str:
+        component = StateComponent("part", Box(state_of(0)), REPLICATED, validation_level="full")
+        with coordinator_of(tmp_path, [component]) as coordinator:
+            return coordinator.save_checkpoint(1).name
+
+    assert the_same(values(run_ranks(2, case))) == "checkpoint-1"
+
+
+def test_b14_everything_counts_and_only_what_it_is(tmp_path: Path):
+    """QUICK took ten elements and str() of objects: more was not seen, addresses were, and some keys were a TypeError."""
+    differing: list[tuple[Any, Any]] = [
+        (torch.arange(12.0), torch.cat([torch.arange(11.0), torch.tensor([12.0])])),
+        (np.zeros(5000), np.r_[np.zeros(2500), 1.0, np.zeros(2499)]),  # whose repr is the same
+        (torch.tensor([1 + 1j]), torch.tensor([1 - 1j])),
+        ([1, 2], (1, 2)),
+    ]
+
+    def case(rank: int, world_size: int) -> Any:
+        box = Box({})
+        told: list[Any] = []
+        with coordinator_of(tmp_path, [StateComponent("part", box, REPLICATED)]) as coordinator:
+            for pair in differing:
+                box.items = {("a", 1): pair[rank], 1: 0, "x": 0}
+                told.append(refusal(lambda: coordinator.save_checkpoint(1)))
+            box.items = {"x": {1: 0}} if rank else {"x": {"1": 0}}
+            told.append(refusal(lambda: coordinator.save_checkpoint(1)))
+            box.items = {"x": object()}  # with an address: it is refused, not compared
+            told.append(refusal(lambda: coordinator.save_checkpoint(1)))
+            box.items = {("a", 1): [torch.ones(1)], 1: {"1": 0, 1: 0}, "x": complex(1, 2)}
+            told.append(coordinator.save_checkpoint(1).name)
+        return told
+
+    *different, keys, unstorable, saved = the_same(values(run_ranks(2, case)))
+    for kind, message in different:
+        assert kind == "ReplicaMismatch"
+        assert "'~k{\"$tuple\":[\"a\",1]}'" in message
+    assert keys[0] == "StructureError"
+    assert unstorable[0] == "StructureError"
+    assert "object objects cannot be checkpointed" in unstorable[1]
+    assert saved == "checkpoint-1"
+
+
+def test_b15_full_sees_the_smallest_drift_and_hangs_at_no_other_structure(tmp_path: Path):
+    """It had a tolerance, failed on equal NaNs, saw no nested tensors and no types, and another shape or an extra key on
+    one rank left the collectives unmatched."""
+    one = torch.tensor([1.0])
+    nan = torch.tensor([float("nan")])
+    pairs: list[tuple[Any, Any, str | None]] = [
+        (one, torch.nextafter(one, one + 1), "'deep/~l0/weight' (first at [0], max |Δ| 1.19e-7)"),
+        (torch.tensor([1e-9]), torch.tensor([2e-9]), "max |Δ| 1e-9"),
+        (nan, nan.clone(), None),
+        (torch.zeros(3), torch.zeros(3, dtype=torch.int32), "a tensor float32 [3] on rank 0 and a tensor int32 [3]"),
+        (torch.zeros(3), torch.zeros(4), "a tensor float32 [3] on rank 0 and a tensor float32 [4] on rank 1"),
+        (torch.zeros(6)[::2], torch.zeros(3), None),
+        ({}, {"extra": torch.zeros(3)}, "'deep/~l0/weight' is a value on rank 0 and absent on rank 1"),
+    ]
+
+    def case(rank: int, world_size: int) -> Any:
+        box = Box({})
+        told: list[Any] = []
+        component = StateComponent("part", box, REPLICATED, validation_level="full")
+        with coordinator_of(tmp_path, [component]) as coordinator:
+            for mine, others, text in pairs:
+                box.items = {"deep": [{"weight": others if rank else mine}]}
+                if text is None:
+                    told.append(coordinator.save_checkpoint(1).name)
+                else:
+                    told.append(refusal(lambda: coordinator.save_checkpoint(1)))
+        return told
+
+    for told, (_, _, text) in zip(the_same(values(run_ranks(2, case))), pairs, strict=True):
+        if text is None:
+            assert told == "checkpoint-1"
+        else:
+            assert text in told[1]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_b16_an_exchange_that_fails_is_a_failure(level: str, tmp_path: Path):
+    """A gather that failed gave the own value alone, which is equal to itself: "all equal", and saved."""
+
+    def case(rank: int, world_size: int) -> Any:
+        component = StateComponent("part", Box({"w": torch.tensor(rank)}), REPLICATED, validation_level=level)
+        post = Comm._post
+        told = []
+        with coordinator_of(tmp_path, [component]) as coordinator:
+
+            def fail(comm: Comm, key: str, message: dict[str, Any]) -> None:
+                if '"0": ["' in json.dumps(message):  # the root of the portion
+                    message = {"error": RankFailed("the network is down", rank=rank).to_wire()}
+                post(comm, key, message)
+
+            with mock.patch.object(Comm, "_post", fail if rank == 1 else post):
+                told.append(refusal(coordinator.validate_replication))
+                told.append(refusal(lambda: coordinator.save_checkpoint(1)))
+        return told
+
+    for kind, message in the_same(values(run_ranks(2, case))):
+        assert kind == "RankFailed"
+        assert "comparing the copies failed on rank 1: the network is down" in message
+    assert not [name for name in listing(tmp_path) if name.startswith("checkpoint")]
+
+
+def test_b16_bytes_that_cannot_be_sent_are_not_equal(tmp_path: Path):
+    """FULL skipped the tensors whose collective had failed."""
+
+    def case(rank: int, world_size: int) -> Any:
+        component = StateComponent("part", Box({"w": torch.zeros(3)}), REPLICATED, validation_level="full")
+        with coordinator_of(tmp_path, [component]) as coordinator:
+            broken = mock.patch.object(bulk.Channel, "broadcast", side_effect=ConnectionError("reset by peer"))
+            with broken if rank == 1 else nullcontext():
+                error = refusal(lambda: coordinator.save_checkpoint(1))
+            return error, coordinator.save_checkpoint(2).name
+
+    (kind, message), after = the_same(values(run_ranks(3, case)))
+    assert (kind, after) == ("RankFailed", "checkpoint-2")
+    assert message == "comparing all bytes failed on rank 1: ConnectionError: reset by peer"
+    assert "checkpoint-1" not in listing(tmp_path)
+
+
+def test_b17_what_differs_by_design_can_be_left_out(tmp_path: Path):
+    """DDP with BatchNorm could not be saved after one step: its running statistics differ, and there was no exception."""
+
+    def case(rank: int, world_size: int) -> Any:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+        model(torch.full((4, 3), float(rank)) * torch.arange(4.0)[:, None])
+        told = []
+        for exclude in ((), ("*.running_*",)):
+            component = StateComponent("model", model, REPLICATED, validation_level="full", validation_exclude=exclude)
+            with coordinator_of(tmp_path, [component]) as coordinator:
+                told.append(coordinator.validate_replication()["model"].is_equal)
+                if exclude:
+                    told.append(coordinator.save_checkpoint(1).name)
+                else:
+                    told.append(refusal(lambda c=coordinator: c.save_checkpoint(1))[0])
+        return told
+
+    assert the_same(values(run_ranks(2, case))) == [False, "ReplicaMismatch", True, "checkpoint-1"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_b18_an_optional_component_that_differs_is_not_saved(level: str, tmp_path: Path):
+    """It was logged and saved; later every rank loaded rank 0's."""
+
+    def case(rank: int, world_size: int) -> Any:
+        extra = Box({"w": torch.tensor(float(rank))})
+        component = StateComponent("extra", extra, REPLICATED, required=False, validation_level=level)
+        model = StateComponent("model", Box({"w": 1}), REPLICATED)
+        with coordinator_of(tmp_path, [component, model]) as coordinator:
+            coordinator.save_checkpoint(1)
+            coordinator.load_checkpoint(strict=False)
+            return extra.items["w"].item()
+
+    assert values(run_ranks(3, case)) == [0.0, 1.0, 2.0]
+    manifest = CheckpointManifest.load(tmp_path / "checkpoint-1")
+    assert (list(manifest.components), list(manifest.omitted)) == (["model"], ["extra"])
+    assert not [name for name in manifest.files if name.startswith("extra")]
+    assert "'extra' differs between rank 0 and ranks [1-2] at 'w'" in manifest.omitted["extra"]
 
 
 # ---- C. atomicity, integrity

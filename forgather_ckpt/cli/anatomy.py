@@ -155,7 +155,9 @@ def _check(validation: Validation) -> str:
     excluded = f", {num_excluded} not compared" if num_excluded else ""
     match validation.result:
         case "equal":
-            return f"{validation.level.name}: {text.plural(validation.num_items, 'item')} equal on all holders{excluded}"
+            return (
+                f"{validation.level.name}: {text.plural(validation.num_items, 'item')} equal on all holders{excluded}"
+            )
         case "differed":
             trusted = "; ".join(describe(ranks) for ranks in validation.trusted.values())
             return f"{validation.level.name}: DIFFERED, saved from rank {trusted}{excluded}"
