@@ -21,6 +21,7 @@ from forgather_ckpt.patterns import ValidationLevel
 from forgather_ckpt.prepare import Request as LoadRequest
 from forgather_ckpt.save import Request as SaveRequest
 from forgather_ckpt.save import Saved, save
+from forgather_ckpt.structure import collector_paused
 from forgather_ckpt.topology import Topology
 from forgather_ckpt.validate import Request as ValidationRequest
 from forgather_ckpt.validate import validate
@@ -189,7 +190,8 @@ class CheckpointCoordinator:
 
         chosen = ValidationLevel(level) if level in list(ValidationLevel) else None
         keys = tuple(sorted(set(components))) if _is_list_of_keys(components) else None
-        return validate(self._job, ValidationRequest(chosen, keys, step), prepare=prepare)
+        with collector_paused():
+            return validate(self._job, ValidationRequest(chosen, keys, step), prepare=prepare)
 
     def close(self) -> None:
         """Give the run directory back to other jobs. A second call does nothing."""

@@ -20,9 +20,11 @@ _SPAN_BYTES = 8 * BLOCK_BYTES
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's elements in C order as 1-D uint8, sharing its memory where it is contiguous, else a copy."""
-    plain = tensor.detach().resolve_conj().resolve_neg()
-    # torch cannot copy every type of one byte
-    dense = (plain.view(torch.uint8) if plain.element_size() == 1 else plain).contiguous()
+    dense = tensor.detach()
+    if not is_flat(dense):
+        plain = dense.resolve_conj().resolve_neg()
+        # torch cannot copy every type of one byte
+        dense = (plain.view(torch.uint8) if plain.element_size() == 1 else plain).contiguous()
     # not reshape(-1), which keeps the stride of a single element, whatever that is, and `view` wants it to be 1
     flat = dense.as_strided((dense.numel(),), (1,))
     return flat.view(torch.uint8) if dense.numel() else torch.empty(0, dtype=torch.uint8)
@@ -39,7 +41,8 @@ def byte_range(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     Shares its memory where it is contiguous; of any other layout, only that range is copied.
     """
     if is_flat(tensor):
-        return flat_bytes(tensor)[start:stop]
+        flat = flat_bytes(tensor)
+        return flat if stop - start == len(flat) else flat[start:stop]
     size = tensor.element_size()
     parts = [flat_bytes(part) for part in _element_range(tensor.detach(), start // size, stop // size)]
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else flat_bytes(tensor.flatten()[:0])

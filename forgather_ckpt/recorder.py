@@ -143,7 +143,8 @@ class DigestRecorder:
         states = [_state_dict(source) for source in sources]
         if self.failure is not None and not self._is_strict:
             return
-        frame = _Frame.of(sources, states, self._is_chosen)
+        with structure.collector_paused():
+            frame = _Frame.of(sources, states, self._is_chosen)
         if any(states) and not frame.columns:
             raise DeclarationError(
                 f"no item is recorded: none has a name like {list(self._include)} and unlike {list(self._exclude)}; item names "

@@ -36,6 +36,7 @@ from forgather_ckpt.manifest import CheckpointManifest, FileRecord, Validation
 from forgather_ckpt.patterns import ValidationLevel
 from forgather_ckpt.plan import Extent
 from forgather_ckpt.settle import Settlement, settle
+from forgather_ckpt.structure import collector_paused
 from forgather_ckpt.topology import Ranks
 from forgather_ckpt.writing import Assignment, OwnedPiece, Written
 
@@ -92,10 +93,10 @@ def save(job: Job, request: Request, *, prepare: Callable[[], None], parent: Map
     comm, clock = job.comm, _Clock()
     wanted = {"do": "save", "step": request.step, "epoch": request.epoch, "kind": request.kind, "to": str(job.run)}
     comm.begin_operation(f"{wanted}")
-    with clock.phase("settle"):
+    with clock.phase("settle"), collector_paused():
         components = declare(comm, job.topology, job.source, wanted, prepare=prepare)
         settled = settle(comm, job.topology, components)
-    with clock.phase("check"):
+    with clock.phase("check"), collector_paused():
         settled, comparison = _check(job, components, settled, request.step)
     draft = _begin(job, request, settled)
     try:

@@ -5,9 +5,11 @@ value. What is not a tensor is a value and must be plain data (see `values`). Te
 memory: nothing is copied here.
 """
 
+import gc
 import itertools
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,6 +89,19 @@ class State:
 
     def structure_digest(self) -> bytes:
         return hashtree.digest(strict_json.dumps(self.table()))
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No automatic garbage collection inside. The items of a large state are many new objects, none of them garbage, and
+    would set off full collections that take as long as the work itself."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def capture(state_dict: Any) -> State:

@@ -9,12 +9,22 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
-from forgather_ckpt import DigestRecorder, NamedOptimizer, SharingPattern, StateComponent, digest_log, files, hashtree
+from forgather_ckpt import (
+    DigestRecorder,
+    NamedOptimizer,
+    SharingPattern,
+    StateComponent,
+    device_digest,
+    digest_log,
+    files,
+    hashtree,
+)
 from forgather_ckpt import digests as digests_module
 from forgather_ckpt.digest_log import DigestLog, Frame
 from forgather_ckpt.errors import DeclarationError, FormatError, NoSpace, StorageError, StructureError
@@ -368,27 +378,26 @@ def test_state_that_cannot_be_recorded_is_an_error_with_its_place(tmp_path: Path
 
 
 @pytest.mark.gpu
-def test_tensors_on_a_gpu_are_digested_there_in_one_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from forgather_ckpt import device_digest
+@pytest.mark.multiprocess
+def test_tensors_on_a_gpu_are_digested_there_in_one_launch(tmp_path: Path) -> None:
+    """In a process of its own: this one shall not use CUDA (tests/ranks.py)."""
 
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).cuda()
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(2, 64, device="cuda")).sum().backward()
-    optimizer.step()
-    calls: list[int] = []
-    real = device_digest.block_digests
+    def case(rank: int, world_size: int) -> list[int]:
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).cuda()
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(2, 64, device="cuda")).sum().backward()
+        optimizer.step()
+        states = {"model": model, "optimizer": NamedOptimizer(optimizer, [model])}
+        with (
+            mock.patch.object(device_digest, "block_digests", wraps=device_digest.block_digests) as taken,
+            DigestRecorder(tmp_path) as recorder,
+        ):
+            recorder.record(1, states)
+            model[0].weight.data[3, 5] += 1
+            recorder.record(2, states)
+        return [len(call.args[0]) for call in taken.call_args_list]
 
-    def counted(tensors: Sequence[torch.Tensor]) -> list[tuple[bytes, ...]]:
-        calls.append(len(tensors))
-        return real(tensors)
-
-    monkeypatch.setattr(device_digest, "block_digests", counted)
-    states = {"model": model, "optimizer": NamedOptimizer(optimizer, [model])}
-    with DigestRecorder(tmp_path) as recorder:
-        recorder.record(1, states)
-        model[0].weight.data[3, 5] += 1
-        recorder.record(2, states)
-    assert calls == [12, 12]
+    assert values(run_ranks(1, case, backend=None)) == [[12, 12]]
     first, second = frames(tmp_path / LOG)
     assert [key for key, digest in items(first).items() if items(second)[key] != digest] == [("model", "0.weight")]
     algorithms = {column.name: column.algorithm for column in first.header.columns}

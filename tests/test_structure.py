@@ -2,6 +2,7 @@
 
 import collections
 import enum
+import gc
 import re
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 
 from forgather_ckpt import CheckpointCoordinator, SharingPattern, StateComponent, dtypes, structure
 from forgather_ckpt.errors import FormatError, StructureError
-from forgather_ckpt.structure import AliasItem, capture, restore
+from forgather_ckpt.structure import AliasItem, capture, collector_paused, restore
 from tests.components import Box
 from tests.states import assert_same, plain_values, state_dicts, tensor_of, texts
 
@@ -322,3 +323,15 @@ def test_any_names_form_a_state_or_are_refused(names):
 
 def test_a_path_is_described_as_a_person_would():
     assert structure.describe_path(("a", 1, None)) == "a/1/None"
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_the_collector_is_as_it_was_whatever_happens_while_it_is_paused(is_enabled, monkeypatch):
+    calls = []
+    monkeypatch.setattr(gc, "isenabled", lambda: is_enabled)
+    monkeypatch.setattr(gc, "disable", lambda: calls.append("disable"))
+    monkeypatch.setattr(gc, "enable", lambda: calls.append("enable"))
+    with pytest.raises(KeyError), collector_paused():
+        assert calls == ["disable"]
+        raise KeyError
+    assert calls == ["disable", *(["enable"] if is_enabled else [])]
