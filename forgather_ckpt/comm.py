@@ -329,7 +329,7 @@ class _Patience:
     def __init__(self, comm: Comm, *, grace_seconds: float = 0.0) -> None:
         self._comm = comm
         self._limit = comm.timeout_seconds + grace_seconds
-        self._pause = 0.0005
+        self._pause = 0.0001
         now = time.monotonic()
         self._started = now
         self._next_look = now + _LIVENESS_SECONDS

@@ -36,7 +36,7 @@ def digest_inputs() -> list[torch.Tensor]:
     plain = [memory[place : place + size] for size in SIZES for place in (0, 16, 1, 4, 15)]
     typed = [tensor_of(dtype, (33, 130)) for dtype in dtypes.ITEM_BYTES]
     laid_out = [view for one in typed for view in (one, one.t(), one[1:, 3::7], one[:, :1].expand(33, 9), one[2, 3])]
-    spectrum = tensor_of("complex64", (33, 130))
+    spectrum = torch.view_as_complex(torch.randn(33, 130, 2))  # finite: what becomes of the sign of a NaN is up to the device
     full = [torch.full((BLOCK_BYTES // 4 + 1,), word, dtype=torch.int32) for word in (-1, 0, -(2**31), 0xFFFF)]
     turned = torch.arange(3 * MIB, dtype=torch.int32).view(1024, -1).t()
     return [*plain, *laid_out, spectrum.conj(), spectrum.mH, *full, turned]
