@@ -133,5 +133,5 @@ def read_index(path: Path, manifest: CheckpointManifest, name: str) -> Index:
     record = manifest.files[name]
     data = read_file(path / name, record.size)
     if hashtree.digest(data).hex() != record.digest:
-        raise CheckpointDamaged(f"{name} does not have the digest that the manifest gives", path=name)
+        raise CheckpointDamaged(f"{name} does not have the digest that the manifest gives", path=str(path / name))
     return Index.from_bytes(data, what=name, sizes={name: record.size for name, record in manifest.files.items()})

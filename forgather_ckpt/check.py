@@ -9,6 +9,8 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from forgather_ckpt import bytewise, digests, files, hashtree, memory, mismatch, paths, strict_json
 from forgather_ckpt.component import StateComponent
@@ -46,6 +48,7 @@ class Comparison:
     on_host: Collection[int]
     """The portions whose digests are all of the host's algorithm, wherever their tensors lie."""
     seconds: float = 0.0
+    """What comparing took on rank 0, without what was done about copies that differ."""
 
     @property
     def mismatches(self) -> dict[int, Finding]:
@@ -112,32 +115,34 @@ def compare(
                 taken[str(holding.number)] = (root, names, excluded[holding.number])
         return taken
 
-    told = job.comm.agree(
-        "comparing the copies", lambda: roots(levels, on_host=False), lambda told: _decide(portions, levels, told)
-    )
-    on_host = [int(number) for number, (classes, _) in told.items() if not classes]
+    def decide(numbers: Iterable[int], reports: Sequence[Mapping[str, Root]]) -> dict[str, Any]:
+        return {"found": _decide(portions, numbers, reports), "seconds": time.perf_counter() - started}
+
+    told = job.comm.agree("comparing the copies", lambda: roots(levels, on_host=False), partial(decide, levels))
+    found, seconds = told["found"], told["seconds"]
+    on_host = [int(number) for number, (classes, _) in found.items() if not classes]
     if on_host:
-        told |= job.comm.agree(
-            "comparing the copies", lambda: roots(on_host, on_host=True), lambda told: _decide(portions, on_host, told)
-        )
-    verdicts = {int(number): Verdict(tuple(map(tuple, classes))) for number, (classes, _) in told.items()}
+        told = job.comm.agree("comparing the copies", lambda: roots(on_host, on_host=True), partial(decide, on_host))
+        found, seconds = found | told["found"], told["seconds"]
+    verdicts = {int(number): Verdict(tuple(map(tuple, classes))) for number, (classes, _) in found.items()}
     suspects: bytewise.Suspects = {}
     if full := [number for number, level in levels.items() if level is ValidationLevel.FULL]:
-        verdicts |= bytewise.compare(job, compared, {number: verdicts[number] for number in full}, suspects)
+        split, more = bytewise.compare(job, compared, {number: verdicts[number] for number in full}, suspects)
+        verdicts, seconds = verdicts | split, seconds + more
     differing = {number: verdict for number, verdict in verdicts.items() if not verdict.is_equal}
-    found: dict[int, SetDifference] = {}
+    differences: dict[int, SetDifference] = {}
     if differing:
         leaves = {
             holding.number: list(_records(holding, blocks[holding.number]))
             for holding in compared
             if holding.number in differing
         }
-        found = mismatch.locate(job, portions, compared, differing, leaves, blocks, suspects)
+        differences = mismatch.locate(job, portions, compared, differing, leaves, blocks, suspects)
     findings = {
-        number: Finding(levels[number], verdict, tuple(told[str(number)][1]), found.get(number))
+        number: Finding(levels[number], verdict, tuple(found[str(number)][1]), differences.get(number))
         for number, verdict in verdicts.items()
     }
-    return Comparison(findings, blocks, on_host, time.perf_counter() - started)
+    return Comparison(findings, blocks, on_host, seconds)
 
 
 Root = tuple[str, str, list[str]]

@@ -11,7 +11,8 @@ rank test can stand between a rank and an exchange that its peers will enter.
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -62,10 +63,17 @@ class Comm:
         that a failed operation leaves the next one untouched.
 
         `request` says what is asked. Where the others have given up on another request than this rank's, this rank
-        never made that call: it takes its place in the next operation, and is not behind for ever.
+        never made that call, and where they ask the same again, it cannot matter whether it did: it takes its place in
+        the next operation, and is not behind for ever.
         """
+        with _store_errors("beginning"):
+            self._begin(request)
+
+    def _begin(self, request: str) -> None:
         self._operation += 1
-        while self._is_over(self._operation) and self._request_of(self._operation) != request:
+        while self._is_over(self._operation) and (
+            self._request_of(self._operation) != request or self._request_of(self._operation + 1) == request
+        ):
             logger.warning("the other ranks asked for %s without this one", self._request_of(self._operation))
             self._operation += 1
         self._phase = 0
@@ -95,6 +103,10 @@ class Comm:
         Results and decision must be JSON. If `work` raises on any rank, or `decide` on rank 0, or a rank does not
         answer in time, every rank raises the same error. Without `decide` only the success is agreed.
         """
+        with _store_errors(phase):
+            return self._agree(phase, work, decide)
+
+    def _agree(self, phase: str, work: Callable[[], Any], decide: Callable[[list[Any]], Any] | None) -> Any:
         self._phase += 1
         prefix = f"{self._operation}/{self._phase}"
         message, cause = self._attempt(prefix, work)
@@ -321,6 +333,17 @@ class Comm:
 
     def progress_of(self, rank: int) -> int:
         return int(self._store.add(f"beat/{rank}", 0))
+
+
+@contextmanager
+def _store_errors(phase: str) -> Iterator[None]:
+    try:
+        yield
+    except dist.DistError as err:
+        raise RankTimeout(
+            f"{phase} failed: the job's store does not answer ({str(err).splitlines()[0]}); the process that hosts it has "
+            "ended or is cut off: torchrun's agent or, in a job without torchrun, rank 0"
+        ) from err
 
 
 class _Patience:

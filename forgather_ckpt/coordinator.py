@@ -83,7 +83,7 @@ class CheckpointCoordinator:
         # a rank with a wrong one must be able to tell the others
         comm, topology = connect(prepare, timeout_seconds=timeout_seconds if is_timeout else _DEFAULT_TIMEOUT_SECONDS)
         comm.begin_operation()
-        run_id = comm.agree("naming the run", lambda: None, lambda _: secrets.token_hex(8))
+        run_id = comm.agree("naming the run", lambda: on_mismatch, _name_run)
         # rank 0's directory is everybody's: ranks may have been started in different ones
         run = comm.agree("choosing the run directory", lambda: None, lambda _: str(_run_directory(output_dir)))
         self._job = Job(
@@ -170,12 +170,12 @@ class CheckpointCoordinator:
         *,
         step: int | None = None,
     ) -> Mapping[str, ReplicationReport]:
-        """Compare the copies without saving: a report, the same on all ranks (but for its seconds), for each component with several
-        holders.
+        """Compare the copies without saving: a report for each component, the same on all ranks.
 
         `level` is for all components; without it each has its own, and QUICK where that is NONE. Copies that differ
-        are no error: ask `report.is_equal`, print `report.text()`, or `raise mismatch_error(reports.values())`. They
-        leave `replication-report-<step>.json` in the run directory.
+        are no error: ask `report.is_equal`, print `report.text()`, or `raise mismatch_error(reports.values())`
+        (`forgather_ckpt.differences`). They leave `replication-report-<step>.json` in the run directory. Where there is
+        one copy only the report says "not compared"; what keeps a component from being compared is an error.
         """
 
         def prepare() -> None:
@@ -207,6 +207,17 @@ class CheckpointCoordinator:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _name_run(on_mismatch: list[str]) -> str:
+    """A name for this start of the job, if all ranks want the same to happen to copies that differ."""
+    for rank, wanted in enumerate(on_mismatch):
+        if wanted != on_mismatch[0]:
+            raise DeclarationError(
+                f"on_mismatch is {on_mismatch[0]!r} on rank 0 and {wanted!r} on rank {rank}; give it alike on all ranks",
+                rank=rank,
+            )
+    return secrets.token_hex(8)
 
 
 class _Refused:

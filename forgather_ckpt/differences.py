@@ -330,7 +330,7 @@ def _result(report: ReplicationReport) -> str:
     """In the manifest's words."""
     if report.differences:
         return "differed"
-    return "not compared" if report.level is ValidationLevel.NONE else "equal"
+    return "equal" if report.num_items else "not compared"
 
 
 def _set_lines(difference: SetDifference, width: int) -> list[str]:

@@ -217,7 +217,7 @@ def _recipe(
         )
     if num_excluded := sum(len(names) for names in record.validation.excluded.values()):
         logger.warning(
-            "%d items of component %r were not compared when it was saved (validation_exclude): all ranks that share "
+            "%d item(s) of component %r were not compared when it was saved (validation_exclude): all ranks that share "
             "them get one rank's",
             num_excluded,
             component.key,

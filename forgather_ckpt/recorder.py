@@ -119,6 +119,8 @@ class DigestRecorder:
         """
         if self.directory is None:
             raise DeclarationError('say where to record: DigestRecorder("runs/mine/digests")')
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise DeclarationError(f"step is {step!r}; use a number of steps, from 0")
         if step % self.every_n_steps == 0:
             rank, world_size = _place_in_job()
             self._record(step, components, self.directory / digest_log.file_name(rank), rank, world_size)

@@ -336,10 +336,11 @@ def _validation(key: str, content: _Content) -> Validation:
             entry = portions[number].entry
             excluded[entry] = tuple(sorted({*excluded.get(entry, ()), *finding.excluded}))
     differed = {portions[n].entry: f.verdict.majority for n, f in findings.items() if not f.verdict.is_equal}
+    num_items = sum(portions[number].num_items - len(finding.excluded) for number, finding in findings.items())
     return Validation(
         level=check.strongest(finding.level for finding in findings.values()),
-        result="differed" if differed else "equal",
-        num_items=sum(portions[number].num_items - len(finding.excluded) for number, finding in findings.items()),
+        result="differed" if differed else "equal" if num_items else "not compared",
+        num_items=num_items,
         seconds=round(content.comparison.seconds, 6),
         trusted=differed,
         excluded=excluded,

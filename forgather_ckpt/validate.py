@@ -1,7 +1,7 @@
 """A replication check by itself, without a save."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from forgather_ckpt.check import compare, leave_report, level_of, reports, strongest
 from forgather_ckpt.declarations import declare
@@ -26,7 +26,8 @@ class Request:
 
 
 def validate(job: Job, request: Request, *, prepare: Callable[[], None]) -> Mapping[str, ReplicationReport]:
-    """Compare the copies; a report for every component asked for that has several holders. Differences are no error.
+    """Compare the copies; a report for every component asked for, "not compared" where there is one copy only.
+    Differences are no error; what keeps a component from being compared is, be it optional or not.
 
     `prepare` is local work before everything else; its failure is everybody's, like any other.
     """
@@ -42,7 +43,8 @@ def validate(job: Job, request: Request, *, prepare: Callable[[], None]) -> Mapp
     if unknown := sorted(set(request.components or ()) - set(keys)):
         raise DeclarationError(f"no component {unknown[0]!r} is declared; there are {', '.join(map(repr, keys))}")
     chosen = [one for one in declared if request.components is None or one.key in request.components]
-    settled = settle(job.comm, job.topology, chosen)
+    # an optional component may be left out of a checkpoint, but a check that could not be made is no check
+    settled = settle(job.comm, job.topology, [replace(one, required=True) for one in chosen])
     by_key = {component.key: component for component in chosen}
     levels = {
         number: request.level or strongest([level_of(portion, by_key[portion.component]), ValidationLevel.QUICK])
@@ -51,6 +53,10 @@ def validate(job: Job, request: Request, *, prepare: Callable[[], None]) -> Mapp
     }
     held = holdings(settled.portions, settled.states, job.comm.rank)
     comparison = compare(job, settled.portions, held, levels)
-    found = reports(settled.portions, comparison, chosen)
+    nothing_to_compare = {
+        one.key: ReplicationReport(one.key, one.process_group_name, ValidationLevel.NONE, 0, (), 0.0, ())
+        for one in chosen
+    }
+    found = nothing_to_compare | reports(settled.portions, comparison, chosen)
     leave_report(job, found, request.step)
     return found

@@ -616,3 +616,21 @@ def test_help_names_the_exit_codes(fgckpt: Fgckpt) -> None:
     shown = " ".join(fgckpt("diff", "--help").out.split())
     assert "Exit code 0 if all is equal, 1 if something differs, 2 if that cannot be told" in shown
     assert main(["bisect"]) == 2
+
+
+def test_a_newest_checkpoint_that_cannot_be_read_is_not_passed_over_for_an_equal_one(
+    fgckpt: Fgckpt, tmp_path: Path
+) -> None:
+    runs = [save(tmp_path / name, state(), 5, 10).parent for name in ("a", "b")]
+    assert [fgckpt("diff", *runs).code, fgckpt("bisect", *runs).code] == [0, 0]
+    manifest = runs[1] / "checkpoint-10" / "checkpoint_manifest.json"
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[:100])
+    for command in (("diff", *runs), ("diff", *runs, "--json"), ("bisect", *runs), ("bisect", *runs, "--all")):
+        result = fgckpt(*command)
+        assert result.code == 2, command
+        assert "checkpoint-10 cannot be read, so 5 may not be the newest step that both have" in result.err
+    assert fgckpt("diff", f"{runs[0]}@5", f"{runs[1]}@5").code == 0
+    manifest.write_bytes(whole)
+    (runs[0] / "checkpoint-5" / "checkpoint_manifest.json").write_bytes(b"")
+    assert [fgckpt("diff", *runs).code, fgckpt("bisect", *runs).code] == [0, 0]  # what is damaged is older

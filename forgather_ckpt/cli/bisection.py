@@ -70,6 +70,8 @@ def bisect(
             click.echo()
             one, other = pairs[first]
             differences.write(one, other, *parted, every=False, more=_list_all(one, other, components))
+    if first is None:
+        sides.refuse_damaged_after(list(pairs)[-1], catalogs)
     return 0 if first is None else 1
 
 
