@@ -1,10 +1,12 @@
 """The bytes of live tensors: read in C order block by block, and written in place."""
 
+import ctypes
 import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 
@@ -134,17 +136,18 @@ def block_digests(
     """The block digests of whole tensors by name, on the host: equal content in another layout or on another device
     has equal ones. `hashtree.join` makes a tensor's logical digest of them."""
     names: list[str] = []
-    spans: list[list[tuple[torch.Tensor, int, int]]] = [[]]
+    spans: list[list[_Part]] = [[]]
     span_bytes = 0
     for item in items:
-        # what is not contiguous is copied by its task, so it is one task's as a whole
-        step = _SPAN_BYTES if item.tensor.is_contiguous() else max(1, item.num_bytes)
-        for start in range(0, max(1, item.num_bytes), step):
-            stop = min(item.num_bytes, start + step)
+        size, is_lying = item.num_bytes, item.tensor.device.type == "cpu" and is_flat(item.tensor)
+        # what has to be copied is copied by its task, so it is one task's as a whole
+        step = _SPAN_BYTES if is_lying else max(1, size)
+        for start in range(0, size or 1, step):
+            stop = min(size, start + step)
             if span_bytes >= _SPAN_BYTES:
                 spans.append([])
                 span_bytes = 0
-            spans[-1].append((item.tensor, start, stop))
+            spans[-1].append(_Part(item.tensor, start, stop, is_lying))
             span_bytes += stop - start
             names.append(item.name)
     found: dict[str, tuple[bytes, ...]] = {}
@@ -152,17 +155,42 @@ def block_digests(
         number = 0
         for digests in pool.map(_span_digests, spans):
             for some in digests:
-                found[names[number]] = found.get(names[number], ()) + some
+                name = names[number]
+                found[name] = found[name] + some if name in found else some
                 number += 1
             on_progress()
     return found
 
 
-def _span_digests(span: Sequence[tuple[torch.Tensor, int, int]]) -> list[tuple[bytes, ...]]:
+class _Part(NamedTuple):
+    """Bytes `start` to `stop` of a tensor; `is_lying` in host memory as they are."""
+
+    tensor: torch.Tensor
+    start: int
+    stop: int
+    is_lying: bool
+
+
+def _span_digests(span: Sequence[_Part]) -> list[tuple[bytes, ...]]:
     return [
-        tuple(hashtree.digest(block) for block in blocks(flat_bytes(tensor), start, stop)) or (hashtree.digest(b""),)
-        for tensor, start, stop in span
+        _lying_digests(part) if part.is_lying else _copied_digests(part) if part.stop else (hashtree.digest(b""),)
+        for part in span
     ]
+
+
+def _copied_digests(part: _Part) -> tuple[bytes, ...]:
+    return tuple(hashtree.digest(block) for block in blocks(flat_bytes(part.tensor), part.start, part.stop))
+
+
+def _lying_digests(part: _Part) -> tuple[bytes, ...]:
+    """Of the memory itself: for thousands of small tensors, a view by torch would cost more than the digest."""
+    size = part.stop - part.start
+    if size == 0:
+        return (hashtree.digest(b""),)
+    view = memoryview((ctypes.c_char * size).from_address(part.tensor.data_ptr() + part.start))
+    if size <= BLOCK_BYTES:
+        return (hashtree.digest(view),)
+    return tuple(hashtree.digest(view[start:stop]) for start, stop in hashtree.block_bounds(size))
 
 
 def records(
