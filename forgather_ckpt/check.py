@@ -16,12 +16,13 @@ from forgather_ckpt import bytewise, digests, files, hashtree, memory, mismatch,
 from forgather_ckpt.component import StateComponent
 from forgather_ckpt.differences import ReplicationReport, SetDifference, report_json
 from forgather_ckpt.digests import Blocks
-from forgather_ckpt.errors import CheckpointError, StorageError
+from forgather_ckpt.errors import StorageError
 from forgather_ckpt.holdings import Holding
 from forgather_ckpt.job import Job
 from forgather_ckpt.patterns import ValidationLevel
 from forgather_ckpt.portions import Portion
 from forgather_ckpt.replication import Verdict, vote
+from forgather_ckpt.writing import changed
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +79,7 @@ class Comparison:
             items = [holding.tensors[name] for name in known if name not in on_host]
             for name, blocks in digests.block_digests(items).items():
                 if blocks != known[name]:
-                    raise CheckpointError(changed(name), component=holding.portion.component)
-
-
-def changed(name: str) -> str:
-    return f"{name!r} changed while it was being saved; nothing may modify the state until the call returns"
+                    raise changed(name).at(component=holding.portion.component)
 
 
 def level_of(portion: Portion, component: StateComponent) -> ValidationLevel:
@@ -97,10 +94,50 @@ def compare(
 
     Every rank calls it with the same `portions` and `levels`.
     """
-    started = time.perf_counter()
     if not levels:
         return Comparison({}, {}, ())
     compared = [holding.compared() for holding in held if holding.number in levels]
+    roots = _compare_roots(job, portions, held, compared, levels)
+    verdicts, seconds = roots.verdicts, roots.seconds
+    suspects: bytewise.Suspects = {}
+    if full := {number: verdicts[number] for number, level in levels.items() if level is ValidationLevel.FULL}:
+        split, more = bytewise.compare(job, compared, full, suspects)
+        verdicts, seconds = verdicts | split, seconds + more
+    differences: dict[int, SetDifference] = {}
+    if differing := {number: verdict for number, verdict in verdicts.items() if not verdict.is_equal}:
+        leaves = {
+            holding.number: list(_records(holding, roots.blocks[holding.number]))
+            for holding in compared
+            if holding.number in differing
+        }
+        differences = mismatch.locate(job, portions, compared, differing, leaves, roots.blocks, suspects)
+    findings = {
+        number: Finding(levels[number], verdict, roots.excluded[number], differences.get(number))
+        for number, verdict in verdicts.items()
+    }
+    return Comparison(findings, roots.blocks, roots.on_host, seconds)
+
+
+@dataclass(frozen=True)
+class _Roots:
+    """What the exchange of roots has told, by portion number; `blocks` are this rank's."""
+
+    verdicts: dict[int, Verdict]
+    excluded: Mapping[int, tuple[str, ...]]
+    blocks: Mapping[int, Blocks]
+    on_host: Collection[int]
+    seconds: float
+
+
+def _compare_roots(
+    job: Job,
+    portions: Sequence[Portion],
+    held: Sequence[Holding],
+    compared: Sequence[Holding],
+    levels: Mapping[int, ValidationLevel],
+) -> _Roots:
+    """Where some holders have on a device what others have on the host, all take host digests in a second round."""
+    started = time.perf_counter()
     excluded = {holding.number: holding.excluded() for holding in held if holding.number in levels}
     blocks: dict[int, Blocks] = {}
 
@@ -124,25 +161,13 @@ def compare(
     if on_host:
         told = job.comm.agree("comparing the copies", lambda: roots(on_host, on_host=True), partial(decide, on_host))
         found, seconds = found | told["found"], told["seconds"]
-    verdicts = {int(number): Verdict(tuple(map(tuple, classes))) for number, (classes, _) in found.items()}
-    suspects: bytewise.Suspects = {}
-    if full := [number for number, level in levels.items() if level is ValidationLevel.FULL]:
-        split, more = bytewise.compare(job, compared, {number: verdicts[number] for number in full}, suspects)
-        verdicts, seconds = verdicts | split, seconds + more
-    differing = {number: verdict for number, verdict in verdicts.items() if not verdict.is_equal}
-    differences: dict[int, SetDifference] = {}
-    if differing:
-        leaves = {
-            holding.number: list(_records(holding, blocks[holding.number]))
-            for holding in compared
-            if holding.number in differing
-        }
-        differences = mismatch.locate(job, portions, compared, differing, leaves, blocks, suspects)
-    findings = {
-        number: Finding(levels[number], verdict, tuple(found[str(number)][1]), differences.get(number))
-        for number, verdict in verdicts.items()
-    }
-    return Comparison(findings, blocks, on_host, seconds)
+    return _Roots(
+        {int(number): Verdict(tuple(map(tuple, classes))) for number, (classes, _) in found.items()},
+        {int(number): tuple(names) for number, (_, names) in found.items()},
+        blocks,
+        on_host,
+        seconds,
+    )
 
 
 Root = tuple[str, str, list[str]]

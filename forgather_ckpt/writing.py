@@ -255,9 +255,7 @@ def _row(placed: _Placed, file: str, offset: int, blocks: Sequence[bytes]) -> Te
     if piece.expected is not None:
         first = piece.start // BLOCK_BYTES
         if piece.expected[first : first + len(blocks)] != tuple(blocks):
-            raise CheckpointError(
-                f"{item.name!r} changed while it was being saved; nothing may modify the state until the call returns"
-            )
+            raise changed(item.name)
     logical = None if piece.is_whole or piece.expected is None else hashtree.join(piece.expected)
     return TensorRow(
         item.name,
@@ -271,6 +269,13 @@ def _row(placed: _Placed, file: str, offset: int, blocks: Sequence[bytes]) -> Te
         key=None if placed.key == item.name else placed.key,
         blocks=tuple(blocks) if len(blocks) > 1 else (),
         logical=logical,
+    )
+
+
+def changed(name: str) -> CheckpointError:
+    """The error of a tensor that is no longer what was compared."""
+    return CheckpointError(
+        f"{name!r} changed while it was being saved; nothing may modify the state until the call returns"
     )
 
 
