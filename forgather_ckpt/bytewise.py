@@ -29,8 +29,18 @@ _SLOT_BYTES = 64 << 10
 
 HOST = torch.device("cpu")
 
-Suspects = dict[int, Mapping[str, Sequence[int]]]
+Suspects = Mapping[int, Mapping[str, Sequence[int]]]
 """Portion number -> name -> blocks that differ from those of ranks with the same digest."""
+
+
+class Compared(NamedTuple):
+    """What comparing all bytes has found. Ranks are together in a verdict only if all their bytes are equal."""
+
+    verdicts: Mapping[int, Verdict]
+    suspects: Suspects
+    """Where this rank's bytes differ from those of its class' first."""
+    seconds: float
+    """On rank 0."""
 
 
 class Segment(NamedTuple):
@@ -45,21 +55,17 @@ class Segment(NamedTuple):
         return self.stop - self.start
 
 
-def compare(
-    job: Job, compared: Sequence[Holding], verdicts: Mapping[int, Verdict], suspects: Suspects
-) -> tuple[dict[int, Verdict], float]:
-    """New verdicts on the portions of `verdicts`, in which ranks are together only if all their bytes are equal; and the
-    seconds that it took on rank 0.
+def compare(job: Job, compared: Sequence[Holding], verdicts: Mapping[int, Verdict]) -> Compared:
+    """Compare the bytes of the portions of `verdicts` among the ranks that their digests put together.
 
-    Every rank calls it with the same `verdicts`, from digests: those that these tell apart are not compared again.
-    Into `suspects`, where this rank's bytes differ though the digests do not.
+    Every rank calls it with the same `verdicts`. Copies that the digests tell apart are not compared again.
     """
-
     started = time.perf_counter()
 
     def links() -> dict[str, str]:
         return {str(one.number): _device_of(one) for one in compared if one.number in verdicts}
 
+    suspects: dict[int, Mapping[str, Sequence[int]]] = {}
     fast = job.comm.agree("choosing how to compare bytes", links, lambda links: _fast_portions(links, verdicts))
 
     def differing() -> list[int]:
@@ -88,7 +94,7 @@ def compare(
     with job.channels.guard():
         told = job.comm.agree("comparing all bytes", differing, decide)
     found = {int(number): Verdict(tuple(map(tuple, classes))) for number, classes in told["classes"].items()}
-    return found, told["seconds"]
+    return Compared(found, suspects, told["seconds"])
 
 
 def _device_of(holding: Holding) -> str:

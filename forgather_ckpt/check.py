@@ -101,16 +101,14 @@ def compare(
     verdicts, seconds = roots.verdicts, roots.seconds
     suspects: bytewise.Suspects = {}
     if full := {number: verdicts[number] for number, level in levels.items() if level is ValidationLevel.FULL}:
-        split, more = bytewise.compare(job, compared, full, suspects)
-        verdicts, seconds = verdicts | split, seconds + more
+        split, suspects, more = bytewise.compare(job, compared, full)
+        verdicts, seconds = {**verdicts, **split}, seconds + more
     differences: dict[int, SetDifference] = {}
     if differing := {number: verdict for number, verdict in verdicts.items() if not verdict.is_equal}:
-        leaves = {
-            holding.number: list(_records(holding, roots.blocks[holding.number]))
-            for holding in compared
-            if holding.number in differing
-        }
-        differences = mismatch.locate(job, portions, compared, differing, leaves, roots.blocks, suspects)
+        different = {holding.number: holding for holding in compared if holding.number in differing}
+        leaves = {number: list(_records(one, roots.blocks[number])) for number, one in different.items()}
+        evidence = mismatch.Evidence(different, leaves, roots.blocks, suspects)
+        differences = mismatch.locate(job, portions, differing, evidence)
     findings = {
         number: Finding(levels[number], verdict, roots.excluded[number], differences.get(number))
         for number, verdict in verdicts.items()

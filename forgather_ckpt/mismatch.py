@@ -6,7 +6,7 @@ with the number of ranks; of more than `MAX_STATES`, the others are named but no
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import torch
@@ -53,21 +53,24 @@ class _Item(TypedDict):
     """Digests are equal; bytes in its neighbourhood were not."""
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What this rank knows of its copies of the portions that differ, by portion number."""
+
+    held: Mapping[int, Holding]
+    leaves: Mapping[int, Sequence[Record]]
+    blocks: Mapping[int, Blocks]
+    suspects: Suspects
+
+
 def locate(
-    job: Job,
-    portions: Sequence[Portion],
-    compared: Sequence[Holding],
-    differing: Mapping[int, Verdict],
-    leaves: Mapping[int, Sequence[Record]],
-    blocks: Mapping[int, Blocks],
-    suspects: Suspects,
+    job: Job, portions: Sequence[Portion], differing: Mapping[int, Verdict], evidence: Evidence
 ) -> dict[int, SetDifference]:
     """What differs in the portions of `differing`, by number; the same on every rank.
 
-    `leaves` and `blocks` are this rank's, of the portions that it holds. Three exchanges: which items, what they are,
-    how far apart.
+    Three exchanges: which items, what they are, how far apart.
     """
-    held = {holding.number: holding for holding in compared if holding.number in differing}
+    held, leaves, suspects = evidence.held, evidence.leaves, evidence.suspects
     speaking = {number: _speakers(verdict) for number, verdict in differing.items()}
     own = [number for number, ranks in speaking.items() if job.comm.rank in ranks]
     names = {number: sorted(name for name, _, _ in leaves[number]) for number in own}
@@ -83,7 +86,7 @@ def locate(
     def tell_items() -> dict[str, Any]:
         return {
             str(number): [
-                _description(held[number], name, blocks[number], suspects.get(number, {}))
+                _description(held[number], name, evidence.blocks[number], suspects.get(number, {}))
                 for name in (names[number][place] for place, _ in places[str(number)]["items"])
             ]
             for number in own
