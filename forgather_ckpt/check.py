@@ -96,8 +96,10 @@ def compare(
     """
     if not levels:
         return Comparison({}, {}, ())
-    compared = [holding.compared() for holding in held if holding.number in levels]
-    roots = _compare_roots(job, portions, held, compared, levels)
+    whole = [holding for holding in held if holding.number in levels]
+    excluded = {holding.number: holding.excluded() for holding in whole}
+    compared = [holding.without(excluded[holding.number]) for holding in whole]
+    roots = _compare_roots(job, portions, compared, excluded, levels)
     verdicts, seconds = roots.verdicts, roots.seconds
     suspects: bytewise.Suspects = {}
     if full := {number: verdicts[number] for number, level in levels.items() if level is ValidationLevel.FULL}:
@@ -130,13 +132,12 @@ class _Roots:
 def _compare_roots(
     job: Job,
     portions: Sequence[Portion],
-    held: Sequence[Holding],
     compared: Sequence[Holding],
+    excluded: Mapping[int, list[str]],
     levels: Mapping[int, ValidationLevel],
 ) -> _Roots:
     """Where some holders have on a device what others have on the host, all take host digests in a second round."""
     started = time.perf_counter()
-    excluded = {holding.number: holding.excluded() for holding in held if holding.number in levels}
     blocks: dict[int, Blocks] = {}
 
     def roots(numbers: Collection[int], *, on_host: bool) -> dict[str, Root]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgather_ckpt.errors import ReplicaMismatch
+from forgather_ckpt.names import printable
 from forgather_ckpt.patterns import ValidationLevel
 from forgather_ckpt.replication import describe
 from forgather_ckpt.topology import Ranks
@@ -315,7 +316,7 @@ def _place_and_size(elements: ElementDifference) -> list[str]:
 
 
 def _headline(report: ReplicationReport) -> str:
-    name = _printable(f"{report.component} ({report.group})" if report.group else report.component)
+    name = printable(f"{report.component} ({report.group})" if report.group else report.component)
     if _result(report) == "not compared":
         return f"{name}: not compared"
     facts = [f"{_plural(report.num_items, 'item')} compared"]
@@ -394,14 +395,7 @@ def _value(text: str) -> str:
 
 def _shown(text: str, limit: int) -> str:
     # cut before, since a value may be long, and after, since escapes are longer than what they stand for
-    return _cut(_printable(_cut(text, limit)), limit)
-
-
-def _printable(text: str) -> str:
-    """With what could move the cursor, or cannot be encoded, written as escapes."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
-    )
+    return _cut(printable(_cut(text, limit)), limit)
 
 
 def _cut(text: str, limit: int) -> str:

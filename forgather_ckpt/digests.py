@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from forgather_ckpt import device_digest, hashtree, memory, multilinear
+from forgather_ckpt import device_digest, hashtree, memory, multilinear, strict_json
 from forgather_ckpt.structure import TensorItem
 
 Blocks = Mapping[str, tuple[bytes, ...]]
@@ -48,4 +48,4 @@ def block_digests(
 def device_names(items: Iterable[TensorItem]) -> str:
     """A digest of which tensors have digests of the device's algorithm; empty where none has."""
     names = sorted(item.name for item in items if not is_on_host(item))
-    return hashtree.digest("\n".join([multilinear.ALGORITHM, *names]).encode()).hex() if names else ""
+    return hashtree.digest(strict_json.dumps([multilinear.ALGORITHM, *names])).hex() if names else ""

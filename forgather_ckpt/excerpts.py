@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from forgather_ckpt import files, hashtree
 from forgather_ckpt.comparison import StoredTensor
 from forgather_ckpt.dtypes import ITEM_BYTES
-from forgather_ckpt.errors import CheckpointDamaged
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.index import Box, TensorRow
+from forgather_ckpt.pieces import damaged
 
 NUM_KEPT_BLOCKS = 16
 """At most. A tensor cut across its rows interleaves its boxes: two blocks of each are kept, so that each is read once
@@ -134,13 +134,9 @@ class Excerpts:
             finally:
                 os.close(descriptor)
         if count < len(data) or hashtree.digest(data.data) != row.block_digests()[number]:
-            problem = "ends before it" if count < len(data) else "does not have the digest that was recorded"
-            raise CheckpointDamaged(
-                f"component {self._component!r}: tensor {row.name!r}, block {number + 1} of {len(row.block_digests())} "
-                f"(from byte {row.offset + start} of {self._directory.name}/{row.file}) {problem}; see `fgckpt verify`",
-                component=self._component,
-                path=str(path),
-            )
+            is_short = count < len(data)
+            advice = "; see `fgckpt verify`"
+            raise damaged(row, number, self._component, self._directory, is_short=is_short, advice=advice)
         return data
 
 

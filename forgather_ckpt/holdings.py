@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from forgather_ckpt.portions import Portion
@@ -31,11 +31,11 @@ class Holding:
         compared = {alias.target for alias in self.aliases.values() if not matches(alias.name)}
         return sorted(name for name in self.names if matches(name) and name not in compared)
 
-    def compared(self) -> "Holding":
-        """The others."""
-        if not (excluded := set(self.excluded())):
+    def without(self, names: Collection[str]) -> "Holding":
+        if not names:
             return self
-        return _holding(self.number, self.portion, self, [name for name in self.names if name not in excluded])
+        left_out = set(names)
+        return _holding(self.number, self.portion, self, [name for name in self.names if name not in left_out])
 
 
 def holdings(portions: Sequence[Portion], states: Mapping[str, State], rank: int) -> list[Holding]:

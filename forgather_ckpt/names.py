@@ -93,6 +93,13 @@ def _decode_step(segment: str) -> Any:
     return _unescape(segment)
 
 
+def printable(text: str) -> str:
+    """A name, or other text from a checkpoint, with what could move the cursor, or cannot be encoded, as escapes."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
+    )
+
+
 def _escape(text: str) -> str:
     return text.replace("~", "~0").replace("/", "~1")
 

@@ -26,6 +26,12 @@ def checkpoint(step: int) -> str:
     return f"checkpoint-{step}"
 
 
+def step_in(name: str) -> int | None:
+    """The step that a directory's name says, if it is that of a checkpoint."""
+    match = re.fullmatch(r"checkpoint-(\d+)", name, re.ASCII)
+    return None if match is None else int(match[1])
+
+
 def temporary(step: int, nonce: str) -> str:
     return f"{TEMPORARY_PREFIX}{checkpoint(step)}-{nonce}"
 

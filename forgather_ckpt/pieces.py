@@ -4,10 +4,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from forgather_ckpt import hashtree
 from forgather_ckpt.dtypes import ITEM_BYTES
+from forgather_ckpt.errors import CheckpointDamaged
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.index import IndexEntry, TensorRow
 
@@ -92,3 +94,16 @@ def _make_up_whole(rows: Sequence[TensorRow]) -> bool:
             return False
         num_elements += in_box
     return num_elements == math.prod(first.shape)
+
+
+def damaged(
+    row: TensorRow, number: int, component: str, directory: Path, *, is_short: bool, advice: str = ""
+) -> CheckpointDamaged:
+    """The error of block `number` of a stored piece: its file ends before it, or its bytes are not those written."""
+    problem = "ends before it" if is_short else "does not have the digest that was recorded"
+    return CheckpointDamaged(
+        f"component {component!r}: tensor {row.name!r}, block {number + 1} of {len(row.block_digests())} "
+        f"(from byte {row.offset + number * BLOCK_BYTES} of {directory.name}/{row.file}) {problem}{advice}",
+        component=component,
+        path=str(directory / row.file),
+    )

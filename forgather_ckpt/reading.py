@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 
 from forgather_ckpt import files, hashtree, memory
-from forgather_ckpt.errors import CheckpointDamaged
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.index import TensorRow
-from forgather_ckpt.pieces import Block, requests
+from forgather_ckpt.pieces import Block, damaged, requests
 
 IN_FLIGHT = 16
 
@@ -65,22 +64,10 @@ def _read_run(descriptor: int, run: Sequence[Block[Wanted]], directory: Path) ->
         data = view[block.start - start : block.stop - start]
         is_short = block.stop - start > count
         if is_short or hashtree.digest(data) != block.digest:
-            raise damaged(block.piece, block.number, directory, is_short=is_short)
+            raise damaged(block.piece.row, block.number, block.piece.component, directory, is_short=is_short)
     for block in run:
         if block.stop > block.start:
             offset = block.number * BLOCK_BYTES
             length = block.stop - block.start
             verified = buffer[block.start - start : block.stop - start]
             block.piece.destination[offset : offset + length].copy_(verified)
-
-
-def damaged(wanted: Wanted, number: int, directory: Path, *, is_short: bool) -> CheckpointDamaged:
-    row = wanted.row
-    first = row.offset + number * BLOCK_BYTES
-    problem = "ends before it" if is_short else "does not have the digest that was recorded"
-    return CheckpointDamaged(
-        f"component {wanted.component!r}: tensor {row.name!r}, block {number + 1} of {len(row.block_digests())} "
-        f"(from byte {first} of {directory.name}/{row.file}) {problem}",
-        component=wanted.component,
-        path=str(directory / row.file),
-    )

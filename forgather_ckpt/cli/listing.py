@@ -1,7 +1,6 @@
 """`fgckpt ls`: the checkpoints of a run directory, one line each, from their manifests alone."""
 
 import datetime
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,8 +55,8 @@ def listing(catalog: Catalog, now: datetime.datetime) -> Table:
     ]
     rows = [_row(checkpoint, metric, now) for checkpoint in catalog.checkpoints]
     for rejected in reversed(catalog.rejected):
-        step = re.fullmatch(r"checkpoint-(\d+)", rejected.path.name)
-        first = text.printable(rejected.path.name) if step is None else step[1]
+        step = paths.step_in(rejected.path.name)
+        first = text.printable(rejected.path.name) if step is None else str(step)
         rows.append([first, *["-"] * (len(columns) - 2), f"rejected: {text.printable(rejected.reason)}"])
     return Table(columns, rows)
 

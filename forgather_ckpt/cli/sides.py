@@ -60,8 +60,8 @@ def find_both(run: Path, a: str, b: str) -> tuple[Checkpoint, Checkpoint]:
 def refuse_damaged_after(step: int, catalogs: Iterable[Catalog]) -> None:
     """`Incomparable` if a checkpoint that may be of a later step cannot be read: what it held is not taken for equal."""
     for rejected in (rejected for found in catalogs for rejected in found.rejected):
-        number = rejected.path.name.removeprefix(paths.checkpoint(0)[:-1])
-        if not number.isdigit() or int(number) > step:
+        later = paths.step_in(rejected.path.name)
+        if later is None or later > step:
             raise Incomparable(
                 f"{rejected.path} cannot be read, so {step} may not be the newest step that both have; to compare that one, "
                 "name it: RUN@STEP"

@@ -4,6 +4,8 @@ import json
 import math
 from typing import Any
 
+from forgather_ckpt.names import printable as printable
+
 _UNITS = ("kB", "MB", "GB", "TB", "PB")
 _AGES = ((60, "s", 1), (60 * 60, "m", 60), (48 * 3600, "h", 3600), (math.inf, "d", 86400))
 
@@ -31,13 +33,6 @@ def age(seconds: float) -> str:
 
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def printable(text: str) -> str:
-    """Text from a checkpoint, with what could move the cursor, or cannot be encoded, written as escapes."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
-    )
 
 
 def value(data: Any) -> str:
