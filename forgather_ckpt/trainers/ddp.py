@@ -1,7 +1,6 @@
 """The training loop on many processes, with `DistributedDataParallel`."""
 
 import logging
-import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -9,69 +8,30 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from forgather_ckpt.component import StateComponent
 from forgather_ckpt.coordinator import CheckpointCoordinator
-from forgather_ckpt.data.batches import Samples
-from forgather_ckpt.data.dispatch import DispatchingLoader
-from forgather_ckpt.data.loader import StatefulLoader
-from forgather_ckpt.data.position import merge_positions
-from forgather_ckpt.patterns import SharingPattern, ValidationLevel
-from forgather_ckpt.trainers.trainer import Trainer
+from forgather_ckpt.patterns import ValidationLevel
+from forgather_ckpt.trainers.distributed import DistributedTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class DDPTrainer(Trainer):
+class DDPTrainer(DistributedTrainer):
     """A `Trainer` in each process of `torchrun`, kept in step by `DistributedDataParallel`.
 
-    The models need not be made alike: DDP gives all ranks rank 0's. Without a default process group, one is
-    made from torchrun's environment (NCCL on CUDA, else gloo); it stays until the process ends. With
-    `dispatch_batches=True`, only rank 0 needs a `train_dataset`.
+    The models need not be made alike: DDP gives all ranks rank 0's. With `dispatch_batches=True`, only rank 0 needs a
+    `train_dataset`.
     """
 
-    shared = SharingPattern.REPLICATED
     model_validation = ValidationLevel.TENSOR
     wrapped: DistributedDataParallel
-
-    def join_job(self) -> tuple[torch.device, int, int]:
-        device = self._own_device()
-        if not dist.is_initialized():
-            if "RANK" not in os.environ:
-                raise RuntimeError(
-                    "DDPTrainer found no process group and no RANK in the environment: start it with torchrun, "
-                    "or call torch.distributed.init_process_group first; Trainer trains in one process"
-                )
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return device, dist.get_rank(), dist.get_world_size()
-
-    def _own_device(self) -> torch.device:
-        device = torch.device(self.args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        return device
 
     def wrap_model(self, model: nn.Module) -> DistributedDataParallel:
         wrapped = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
         lay_out_buckets(wrapped)
         return wrapped
 
-    def create_loader(self, dataset: Samples | None) -> StatefulLoader:
-        if self.args.dispatch_batches:
-            return DispatchingLoader(dataset, **self.loader_options())
-        return super().create_loader(dataset)
-
-    def data_component(self) -> StateComponent:
-        pattern = SharingPattern.GLOBAL if self.args.dispatch_batches else SharingPattern.PER_RANK
-        return StateComponent("dataset", self.loader, pattern, on_resize=merge_positions)
-
     def gradient_exchange(self, is_last: bool) -> AbstractContextManager[None]:
         return nullcontext() if is_last else self.wrapped.no_sync()
-
-    def reduce_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(loss)
-        return loss / self.world_size
 
     def save(self, coordinator: CheckpointCoordinator, kind: str) -> None:
         self.synchronize_buffers()
