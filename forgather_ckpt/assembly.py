@@ -1,7 +1,8 @@
 """How the stored pieces of a component become a state dict: which bytes go where, before any is read.
 
 Per item the destination is, in this order: what the stateful's `load_targets` says; the live tensor of that name,
-filled in place where dtype, shape and layout fit; else a new tensor in host memory.
+filled in place where dtype, shape and layout fit; else a new tensor in host memory. Of a DTensor only the parts that
+this rank holds are filled, from whatever parts were stored.
 """
 
 from collections import defaultdict
@@ -11,14 +12,15 @@ from typing import Any
 
 import torch
 
-from forgather_ckpt import structure, values
+from forgather_ckpt import sharded, structure, values
+from forgather_ckpt.boxes import overlap, whole_box
 from forgather_ckpt.component import Available, Target
 from forgather_ckpt.errors import FormatError, LoadMismatch
 from forgather_ckpt.index import AliasRow, IndexEntry, TensorRow, ValueRow
-from forgather_ckpt.memory import flat_bytes
+from forgather_ckpt.memory import flat_bytes, is_flat
 from forgather_ckpt.pieces import item_problems
-from forgather_ckpt.reading import Wanted
-from forgather_ckpt.structure import State
+from forgather_ckpt.reading import Region, Wanted
+from forgather_ckpt.structure import ShardedItem, State, TensorItem
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,8 @@ def gather(component: str, parts: Sequence[IndexEntry]) -> Stored:
     for part in parts:
         for row in part.tensors:
             pieces[row.name].append(row)
-    for name, rows in pieces.items():
-        rows.sort(key=lambda row: row.bounds)
-        if rows[0].box is not None:
-            raise FormatError(f"component {component!r}: {name!r} is stored in boxes, which this version does not read")
+    for rows in pieces.values():
+        rows.sort(key=lambda row: (row.box or (), row.bounds))
     return Stored(
         component,
         pieces,
@@ -121,7 +121,7 @@ def _place(
     """The tensor that will be in the state dict, with its pieces' destinations noted."""
     first = rows[0]
     dtype = getattr(torch, first.dtype)
-    existing = live.tensors.get(first.name) if live is not None and target is None else None
+    existing = live.tensor_item(first.name) if live is not None and target is None else None
     if existing is not None:
         if (existing.dtype, existing.shape) != (first.dtype, first.shape):
             raise LoadMismatch(
@@ -130,26 +130,49 @@ def _place(
                 "a load_targets()",
                 component=component,
             )
+        dtensor = existing.tensor if isinstance(existing, ShardedItem) else existing.dtensor
+        if (
+            dtensor is not None
+        ):  # which its stateful expects; so with `staged`, the copy waits until that gets its state
+            _fill(assembly, component, rows, _regions(existing), staged=staged)
+            return dtensor
         if not staged and _is_dense(existing.tensor):
-            tensor = existing.tensor
-            if tensor.is_contiguous():
-                _want(assembly, component, rows, tensor)
-            else:
-                source = torch.empty(first.shape, dtype=dtype)
-                _want(assembly, component, rows, source)
-                assembly._copies.append((tensor, source))
-            return tensor
+            _fill(assembly, component, rows, _regions(existing))
+            return existing.tensor
+    if target is not None and target.mesh is not None and target.placements is not None:
+        made = sharded.empty(first.shape, dtype, target.mesh, target.placements)
+        _fill(assembly, component, rows, [Region(box, part) for box, part in sharded.parts(made)])
+        return made
     device = "cpu" if target is None or staged else target.device
     tensor = torch.empty(first.shape, dtype=dtype, device=device)
-    _want(assembly, component, rows, tensor)
+    _fill(assembly, component, rows, [Region(whole_box(first.shape), tensor)])
     return tensor
 
 
-def _want(assembly: Assembly, component: str, rows: Sequence[TensorRow], tensor: torch.Tensor) -> None:
-    flat = flat_bytes(tensor)  # contiguous, so it is the tensor's own memory
-    for row in rows:
-        start, stop = row.bounds
-        assembly.wanted.append(Wanted(component, row, flat[start:stop]))
+def _regions(item: TensorItem | ShardedItem) -> list[Region]:
+    """Where the elements lie that this rank has of a live tensor."""
+    if isinstance(item, ShardedItem):
+        return [Region(box, part) for box, part in sharded.parts(item.tensor)]
+    return [Region(whole_box(item.shape), item.tensor)]
+
+
+def _fill(
+    assembly: Assembly, component: str, rows: Sequence[TensorRow], regions: Sequence[Region], *, staged: bool = False
+) -> None:
+    """Note which stored pieces go where in the regions; with `staged` by way of host memory."""
+    for region in regions:
+        if staged:
+            buffer = torch.empty(region.tensor.shape, dtype=region.tensor.dtype)
+            assembly._copies.append((region.tensor, buffer))
+            region = Region(region.box, buffer)
+        flat = flat_bytes(region.tensor) if is_flat(region.tensor) else None
+        for row in rows:
+            box = whole_box(row.shape) if row.box is None else row.box
+            if box == region.box and flat is not None:
+                start, stop = row.bounds
+                assembly.wanted.append(Wanted(component, row, flat[start:stop]))
+            elif overlap(box, region.box) is not None:
+                assembly.wanted.append(Wanted(component, row, region))
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

@@ -12,10 +12,11 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from forgather_ckpt import hashtree
+from forgather_ckpt.boxes import Box
 from forgather_ckpt.dtypes import ITEM_BYTES
 from forgather_ckpt.errors import FormatError
 from forgather_ckpt.hashtree import BLOCK_BYTES
-from forgather_ckpt.index import Box, Index, IndexEntry, TensorRow, ValueRow
+from forgather_ckpt.index import Index, IndexEntry, TensorRow, ValueRow
 from forgather_ckpt.manifest import CheckpointManifest, ComponentRecord, EntryRecord
 from forgather_ckpt.patterns import SharingPattern
 from forgather_ckpt.pieces import item_problems

@@ -2,13 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
+
+import torch
 
 from forgather_ckpt import strict_json
 from forgather_ckpt.errors import DeclarationError
 from forgather_ckpt.patterns import TRAITS, SharingPattern, ValidationLevel
 from forgather_ckpt.topology import Topology
 from forgather_ckpt.values import NotPlain, dumps
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.placement_types import Placement
 
 StateDict = dict[str, Any]
 
@@ -23,9 +29,23 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """Where a tensor is to be made on load: `Target("cuda:0")`."""
+    """Where a tensor is to be made on load: `Target("cuda:0")`, or as a DTensor: `Target(mesh=mesh, placements=[Shard(0)])`."""
 
     device: Any = "cpu"
+    """Of a whole tensor. A DTensor's parts lie on the devices of its mesh."""
+    mesh: "DeviceMesh | None" = None
+    placements: "Sequence[Placement] | None" = None
+
+    def __post_init__(self) -> None:
+        if (self.mesh is None) != (self.placements is None):
+            raise DeclarationError("a Target takes mesh= and placements= together, or neither")
+
+    @classmethod
+    def like(cls, tensor: torch.Tensor) -> Self:
+        """Where `tensor` is, and cut as it is."""
+        if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
+            return cls(tensor.device, tensor.device_mesh, tensor.placements)
+        return cls(tensor.device)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from forgather_ckpt import device_digest, hashtree, memory, multilinear, strict_
 from forgather_ckpt.structure import TensorItem
 
 Blocks = Mapping[str, tuple[bytes, ...]]
-"""Tensor name -> block digests."""
+"""Tensor's key -> block digests."""
 
 
 def algorithm(tensor: torch.Tensor) -> str:
@@ -27,7 +27,7 @@ def is_on_host(item: TensorItem) -> bool:
 def block_digests(
     items: Iterable[TensorItem], on_progress: Callable[[], None] = lambda: None, *, on_host: bool = False
 ) -> Blocks:
-    """The block digests of whole tensors. With `on_host`, all are xxh3: a copy of one block at a time for a GPU's."""
+    """The block digests of tensors, or parts of them. With `on_host`, all are xxh3: a copy of one block at a time for a GPU's."""
     host: list[TensorItem] = []
     devices: dict[torch.device, list[TensorItem]] = defaultdict(list)
     for item in items:
@@ -38,7 +38,7 @@ def block_digests(
     found: dict[str, tuple[bytes, ...]] = {}
     for some in devices.values():
         digests = device_digest.block_digests([item.tensor for item in some])
-        found.update(zip((item.name for item in some), digests, strict=True))
+        found.update(zip((item.key for item in some), digests, strict=True))
         on_progress()
     if host:
         found.update(memory.block_digests(host, on_progress))
@@ -47,5 +47,5 @@ def block_digests(
 
 def device_names(items: Iterable[TensorItem]) -> str:
     """A digest of which tensors have digests of the device's algorithm; empty where none has."""
-    names = sorted(item.name for item in items if not is_on_host(item))
+    names = sorted(item.key for item in items if not is_on_host(item))
     return hashtree.digest(strict_json.dumps([multilinear.ALGORITHM, *names])).hex() if names else ""

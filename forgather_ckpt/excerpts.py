@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forgather_ckpt import files, hashtree
+from forgather_ckpt.boxes import Box
 from forgather_ckpt.comparison import StoredTensor
 from forgather_ckpt.dtypes import ITEM_BYTES
 from forgather_ckpt.hashtree import BLOCK_BYTES
-from forgather_ckpt.index import Box, TensorRow
+from forgather_ckpt.index import TensorRow
 from forgather_ckpt.pieces import damaged
 
 NUM_KEPT_BLOCKS = 16

@@ -59,9 +59,10 @@ def buffer_digest(data: Buffer) -> bytes:
     return join([digest(view[start:stop]) for start, stop in block_bounds(len(view))])
 
 
-def tensor_structure(dtype: str, shape: Sequence[int]) -> bytes:
-    """What a tensor's record in its state's digest says besides its bytes."""
-    return f"tensor {dtype} {list(shape)}".encode()
+def tensor_structure(dtype: str, shape: Sequence[int], box: Sequence[tuple[int, int]] | None = None) -> bytes:
+    """What the record of a tensor, or of a box of one, in its state's digest says besides its bytes."""
+    where = "" if box is None else f" {[list(bounds) for bounds in box]}"
+    return f"tensor {dtype} {list(shape)}{where}".encode()
 
 
 def state_digest(records: Iterable[tuple[str, bytes, bytes]]) -> bytes:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from forgather_ckpt import hashtree, paths, strict_json
+from forgather_ckpt.boxes import Box, rectangles, whole_box
 from forgather_ckpt.dtypes import ITEM_BYTES
 from forgather_ckpt.errors import FormatError
 from forgather_ckpt.manifest import VERSION, check_version
@@ -17,9 +18,6 @@ from forgather_ckpt.strict_json import Fields
 FORMAT = "forgather_ckpt.index"
 MAX_BYTES = 1 << 30
 MAX_ITEMS = 100_000
-
-Box = tuple[tuple[int, int], ...]
-"""A part of a tensor: `(start, stop)` in each dimension."""
 
 
 class TensorRow(NamedTuple):
@@ -66,6 +64,14 @@ class TensorRow(NamedTuple):
     @property
     def is_whole(self) -> bool:
         return self.box is None and self.range is None
+
+    def rectangles(self, number: int) -> Iterator[Box]:
+        """The elements of the piece's block of that number, as boxes of the tensor that follow one another."""
+        size = ITEM_BYTES[self.dtype]
+        box = self.box if self.box is not None else whole_box(self.shape)
+        first, last = (bound // size for bound in self.bounds)
+        step = hashtree.BLOCK_BYTES // size
+        return rectangles(box, first + number * step, min(last, first + (number + 1) * step))
 
     def block_digests(self) -> tuple[bytes, ...]:
         return self.blocks or (self.digest,)
@@ -142,7 +148,7 @@ class Index:
 def records(entry: IndexEntry) -> Iterator[tuple[str, bytes, bytes]]:
     """The records of the stored items in the digest of their state (`hashtree.state_digest`)."""
     for row in entry.tensors:
-        yield row.name, hashtree.tensor_structure(row.dtype, row.shape), row.logical or row.digest
+        yield row.name, hashtree.tensor_structure(row.dtype, row.shape, row.box), row.logical or row.digest
     for value in entry.values:
         yield value.name, b"value", value.digest
     for alias in entry.aliases:

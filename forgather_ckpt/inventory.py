@@ -55,6 +55,7 @@ def file_records(reports: Sequence[WriteReport]) -> dict[str, FileRecord]:
 def component_records(
     declared: Sequence[Declared],
     portions: Sequence[Portion],
+    num_items: Mapping[tuple[str, str], int],
     reports: Sequence[WriteReport],
     validations: Mapping[str, Validation],
     metadata: Mapping[str, Mapping[str, Any]],
@@ -72,7 +73,7 @@ def component_records(
                 ranks=sets[entry].ranks if entry in sets else tuple(sorted({r for _, p in parts for r in p.holders})),
                 coordinates=sets[entry].coordinates if entry in sets else None,
                 writers=_writers(parts, reports),
-                num_items=sum(portion.num_items for _, portion in parts),
+                num_items=num_items[component.key, entry],
                 num_bytes=_checked_bytes(parts, reports),
                 digest=_joined(_digest(number, reports) for number, _ in parts),
             )

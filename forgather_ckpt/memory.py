@@ -133,7 +133,7 @@ def num_threads() -> int:
 def block_digests(
     items: Iterable[TensorItem], on_progress: Callable[[], None] = lambda: None
 ) -> dict[str, tuple[bytes, ...]]:
-    """The block digests of whole tensors by name, on the host: equal content in another layout or on another device
+    """The block digests of tensors, or parts of them, by key, on the host: equal content in another layout or on another device
     has equal ones. `hashtree.join` makes a tensor's logical digest of them."""
     names: list[str] = []
     spans: list[list[_Part]] = [[]]
@@ -149,7 +149,7 @@ def block_digests(
                 span_bytes = 0
             spans[-1].append(_Part(item.tensor, start, stop, is_lying))
             span_bytes += stop - start
-            names.append(item.name)
+            names.append(item.key)
     found: dict[str, tuple[bytes, ...]] = {}
     with ThreadPoolExecutor(num_threads()) as pool:
         number = 0
@@ -202,7 +202,7 @@ def records(
     """The records of items in the digest of their state (`hashtree.state_digest`), given their tensors' logical
     digests by name."""
     for item in tensors:
-        yield item.name, hashtree.tensor_structure(item.dtype, item.shape), digests[item.name]
+        yield item.key, hashtree.tensor_structure(item.dtype, item.shape, item.box), digests[item.key]
     for value in values:
         yield value.name, b"value", hashtree.digest(value.data)
     for alias in aliases:

@@ -7,6 +7,7 @@ Every name is valid Unicode: a str key that is not (lone surrogates) is written 
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -28,11 +29,29 @@ class TupleIndex:
     index: int
 
 
+PART_MARK = "~#"
+"""Between an item's name and which part of it: no name holds it, since `~` is escaped."""
+
 _INT_LIMIT = 10**4000
 """Python refuses to print integers of more than 4,300 digits."""
 
 Path: TypeAlias = tuple[Any, ...]
 """Steps from the root of a state dict to a leaf: dict keys as they are, `ListIndex`, `TupleIndex`. Never empty."""
+
+
+def part_key(name: str, box: Sequence[tuple[int, int]]) -> str:
+    """A name for the part of an item that lies in `box`."""
+    return f"{name}{PART_MARK}{box_text(box)}"
+
+
+def item_name(key: str) -> str:
+    """The name of the item that `key` is, or is a part of."""
+    return key.partition(PART_MARK)[0]
+
+
+def box_text(box: Sequence[tuple[int, int]]) -> str:
+    """A box as it is written in file keys and messages: `0:4,8:16`."""
+    return ",".join(f"{start}:{stop}" for start, stop in box)
 
 
 def encode_path(path: Path) -> str:

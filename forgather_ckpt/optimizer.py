@@ -88,7 +88,10 @@ class NamedOptimizer:
             elif what.dtype is None or kind == "groups":
                 targets[item] = Target("cpu")
             elif key not in self.optimizer.state.get(self._parameters[name], {}):  # else it is filled in place
-                targets[item] = Target(_device(self._parameters[name], key, devices))
+                parameter = self._parameters[name]
+                # moments are cut as their parameter is
+                is_alike = what.shape == tuple(parameter.shape) and parameter.dim() > 0
+                targets[item] = Target.like(parameter) if is_alike else Target(_device(parameter, key, devices))
         return targets
 
     def load_state_dict(self, state_dict: StateDict) -> None:

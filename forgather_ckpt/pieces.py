@@ -2,12 +2,13 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from forgather_ckpt import hashtree
+from forgather_ckpt.boxes import Box, is_grid
 from forgather_ckpt.dtypes import ITEM_BYTES
 from forgather_ckpt.errors import CheckpointDamaged
 from forgather_ckpt.hashtree import BLOCK_BYTES
@@ -39,12 +40,16 @@ class Block(Generic[P]):
         return row.blocks[self.number] if row.blocks else row.digest
 
 
-def requests(pieces: Iterable[P]) -> Iterator[list[Block[P]]]:
-    """All blocks of pieces of one file, given in file order: neighbours that together are no larger than a block are
-    one request."""
+def requests(
+    pieces: Iterable[P], is_wanted: Callable[[P, int], bool] = lambda piece, number: True
+) -> Iterator[list[Block[P]]]:
+    """The blocks of pieces of one file, given in file order, that are wanted: neighbours that together are no larger
+    than a block are one request."""
     request: list[Block[P]] = []
     for piece in pieces:
         for number, (start, stop) in enumerate(hashtree.block_bounds(piece.row.num_bytes)):
+            if not is_wanted(piece, number):
+                continue
             block = Block(piece, number, piece.row.offset + start, piece.row.offset + stop)
             if request and not (request[-1].stop <= block.start and block.stop - request[0].start <= BLOCK_BYTES):
                 yield request
@@ -80,20 +85,18 @@ def _make_up_whole(rows: Sequence[TensorRow]) -> bool:
         return True
     if any((row.dtype, row.shape) != (first.dtype, first.shape) for row in rows):
         return False
-    num_elements = 0
-    for box in {row.box for row in rows}:
+    by_box: dict[Box | None, list[TensorRow]] = defaultdict(list)
+    for row in rows:
+        by_box[row.box].append(row)
+    for inside in by_box.values():
         position = 0
-        inside = sorted((row for row in rows if row.box == box), key=lambda row: row.bounds)
-        for row in inside:
-            start, stop = row.bounds
+        for start, stop in sorted(row.bounds for row in inside):
             if start != position:
                 return False
             position = stop
-        in_box = math.prod(inside[0].box_shape)
-        if position != in_box * ITEM_BYTES[first.dtype]:
+        if position != math.prod(inside[0].box_shape) * ITEM_BYTES[first.dtype]:
             return False
-        num_elements += in_box
-    return num_elements == math.prod(first.shape)
+    return by_box.keys() == {None} or is_grid([box for box in by_box if box is not None], first.shape)
 
 
 def damaged(

@@ -1,15 +1,19 @@
 """What the ranks agreed to store, from what each of them holds: pure, decided by rank 0, told to all.
 
-A portion is the items of one entry that the same ranks hold. The sharing pattern gives the default: one portion a
-set. Global names narrow or widen it: a name that several sets have (a tied embedding on two pipeline stages) is one
-item of one state, held by all of them.
+A portion is the items, or parts of sharded ones, of one entry that the same ranks hold. The sharing pattern gives the
+default: one portion a set. Layouts narrow it: of a tensor that a mesh cuts, each part is held by the ranks at one place
+on the axes that cut. Global names widen it: what several sets have under one name (a tied embedding on two pipeline
+stages, a parameter in all data-parallel replicas of a tensor-parallel rank) is one item, held by all of them.
 """
 
+import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, Self
 
+from forgather_ckpt.boxes import Box, Coordinate, Layout, local_boxes, volume, whole_box
+from forgather_ckpt.dtypes import ITEM_BYTES
 from forgather_ckpt.errors import CheckpointError, StructureError
 from forgather_ckpt.patterns import TRAITS, SharingPattern
 from forgather_ckpt.replication import describe
@@ -17,6 +21,64 @@ from forgather_ckpt.topology import Ranks, RankSet, Topology, sets_of
 
 ENTRY_OF_ALL = "all"
 """The one entry of a component with global names."""
+
+WHOLE = ""
+"""The layout of what is not cut into parts."""
+
+
+_NUMBER = " (mesh "
+
+
+def layout_name(layout: Layout, number: int) -> str:
+    """The name of a layout in a state; `number` tells apart the meshes of one shape."""
+    return f"{layout}{_NUMBER}{number})"
+
+
+def without_number(name: str) -> str:
+    """What such a name says to people, and to ranks whose state numbers its meshes in another order."""
+    return name.partition(_NUMBER)[0]
+
+
+class Held(NamedTuple):
+    """What one rank holds of one layout: the mesh that it is on (None for what is whole), how many items or parts, and
+    their bytes."""
+
+    layout: Layout | None
+    ranks: Ranks
+    num_parts: int
+    num_bytes: int
+
+    def place_of(self, rank: int) -> Coordinate | None:
+        """Which part the rank holds: a place on the axes that cut; None for what is whole."""
+        return None if self.layout is None else _places(self.layout, self.ranks)[rank]
+
+    def lead(self, place: Coordinate) -> int:
+        """The rank that holds the part at `place`, and is the first on all axes that replicate."""
+        assert self.layout is not None
+        return next(rank for rank, other in _places(self.layout, self.ranks).items() if other == place)
+
+    def boxes(self, shape: tuple[int, ...], place: Coordinate | None) -> Iterator[Box]:
+        """The parts at `place` of a tensor of `shape`."""
+        if self.layout is None or place is None:
+            yield whole_box(shape)
+            return
+        cutting = iter(place)
+        coordinate = tuple(0 if one is None else next(cutting) for one in self.layout.placements)
+        for box, _ in local_boxes(self.layout, shape, coordinate):
+            yield box
+
+    def to_json(self) -> list[Any]:
+        return [self.layout and self.layout.to_json(), list(self.ranks), self.num_parts, self.num_bytes]
+
+    @classmethod
+    def from_json(cls, data: Sequence[Any]) -> Self:
+        layout, ranks, num_parts, num_bytes = data
+        return cls(layout and Layout.from_json(layout), tuple(ranks), num_parts, num_bytes)
+
+
+@functools.lru_cache(256)  # all ranks of a mesh say the same of it
+def _places(layout: Layout, ranks: Ranks) -> dict[int, Coordinate]:
+    return dict(zip(ranks, map(layout.part, layout.coordinates()), strict=True))
 
 
 @dataclass(frozen=True)
@@ -27,43 +89,53 @@ class Report:
     """
 
     digest: str = ""
-    """Of the structure: names, kinds, dtypes, shapes."""
+    """Of the structure: names, kinds, dtypes, shapes, and how each tensor is cut."""
     num_items: int = 0
-    num_bytes: int = 0
+    held: Mapping[str, Held] = field(default_factory=dict)
+    """By layout."""
     problem: str | None = None
 
     def to_json(self) -> list[Any]:
-        return [self.digest, self.num_items, self.num_bytes, self.problem]
+        held = {name: one.to_json() for name, one in self.held.items()}
+        return [self.digest, self.num_items, held, self.problem]
+
+    @classmethod
+    def from_json(cls, data: Sequence[Any]) -> Self:
+        digest, num_items, held, problem = data
+        return cls(digest, num_items, {name: Held.from_json(one) for name, one in held.items()}, problem)
 
 
 @dataclass(frozen=True)
 class Portion:
-    """The items of one entry of a component that `holders` hold.
+    """The items, or parts of items, of one entry of a component that `holders` hold.
 
-    `names` is None for all items of the holders' state but those that another portion names.
+    `names` is None for all that the holders have in `layouts` but the items that another portion names.
     """
 
     component: str
     entry: str
     holders: Ranks
     num_items: int
+    """Items, and parts of sharded ones."""
     num_bytes: int
     names: tuple[str, ...] | None = None
     num_sets: int = 1
     """How many sets of the pattern the holders come from."""
     exclude: tuple[str, ...] = ()
     """Patterns of the names that are not compared."""
+    layouts: tuple[str, ...] = (WHOLE,)
+    lead: int = -1
+    """Who writes alone, where copies are not compared: in all portions of an entry a rank of the same copy."""
+    is_untied: bool = False
+    """Second names of tensors among `names` are stored as tensors of their own: elsewhere they are."""
 
     def to_json(self) -> list[Any]:
-        names = None if self.names is None else list(self.names)
-        listed = [self.component, self.entry, list(self.holders), self.num_items, self.num_bytes, names, self.num_sets]
-        return [*listed, list(self.exclude)]
+        return [getattr(self, one.name) for one in fields(self)]
 
     @classmethod
     def from_json(cls, data: Sequence[Any]) -> Self:
-        component, entry, holders, num_items, num_bytes, names, num_sets, exclude = data
-        listed = None if names is None else tuple(names)
-        return cls(component, entry, tuple(holders), num_items, num_bytes, listed, num_sets, tuple(exclude))
+        values: list[Any] = [tuple(value) if isinstance(value, list) else value for value in data]
+        return cls(**dict(zip((one.name for one in fields(cls)), values, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -100,118 +172,281 @@ def first_problem(component: Declared, reports: Reports) -> str | None:
     return "; ".join(f"on ranks {describe(tuple(ranks))}: {problem}" for problem, ranks in problems.items())
 
 
-def differing_sets(component: Declared, reports: Reports, topology: Topology) -> list[Ranks]:
+def differing_sets(component: Declared, reports: Reports, topology: Topology) -> Ranks:
     """For the first set whose members' structures differ, the lowest rank of each different structure."""
     if not component.is_compared:
-        return []
+        return ()
     for ranks in (group.ranks for group in component.sets(topology)):
         lowest: dict[str, int] = {}
         for rank in ranks:
             if rank in reports:
                 lowest.setdefault(reports[rank].digest, rank)
         if len(lowest) > 1:
-            return [tuple(lowest.values())]
-    return []
+            return tuple(lowest.values())
+    return ()
 
 
-def base_portions(component: Declared, reports: Reports, topology: Topology) -> list[Portion]:
-    """One portion a set, as the pattern says.
+class Entry(NamedTuple):
+    """What will be stored of a component under one name."""
+
+    name: str
+    num_items: int
+    portions: tuple[Portion, ...]
+
+
+class Family(NamedTuple):
+    """Ranks whose states have the same structure, and which therefore say the same of it."""
+
+    ranks: Ranks
+    reports: Reports
+
+    @property
+    def layouts(self) -> Iterable[str]:
+        return self.reports[self.ranks[0]].held
+
+    def held(self, layout: str) -> list[tuple[int, Held]]:
+        return [(rank, self.reports[rank].held[layout]) for rank in self.ranks]
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """The families that contribute to one entry of a component."""
+
+    component: Declared
+    entry: str
+    families: Sequence[Family]
+    set_of: Mapping[int, str]
+    """The set that each rank belongs to."""
+
+    @property
+    def speakers(self) -> list[int]:
+        """The rank of each family whose table tells all."""
+        return [family.ranks[0] for family in self.families]
+
+
+def contributions(component: Declared, reports: Reports, topology: Topology) -> list[Contribution]:
+    """The families of each entry, with the ranks whose state counts.
 
     `StructureError` where a rank must hold something and does not. Ranks outside all sets must hold nothing.
     """
-    portions = []
-    members = set()
+    found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    set_of: dict[int, str] = {}
     for group in component.sets(topology):
-        members |= set(group.ranks)
-        if component.is_compared:
-            holders = tuple(rank for rank in group.ranks if rank in reports)
-            if holders and holders != group.ranks:
-                empty = tuple(rank for rank in group.ranks if rank not in reports)
-                raise StructureError(
-                    f"component {component.key!r} ({component.pattern.name}): ranks {describe(empty)} hold nothing "
-                    f"(stateful=None), but {describe(holders)} of the same set do; all members must hold the state",
-                    rank=empty[0],
-                    component=component.key,
-                )
-        else:
-            holders = group.ranks[:1] if group.ranks[0] in reports else ()
-        if component.pattern is SharingPattern.GLOBAL and not holders:
-            raise StructureError(
-                f"component {component.key!r} (GLOBAL): rank 0 holds nothing (stateful=None), and its state counts",
-                rank=0,
-                component=component.key,
-            )
-        if holders:
-            report = reports[holders[0]]
-            entry = ENTRY_OF_ALL if component.is_global else group.id
-            size = (report.num_items, report.num_bytes)
-            portions.append(Portion(component.key, entry, holders, *size, exclude=component.exclude))
-    if strays := sorted(set(reports) - members):
+        for rank in _holders(component, group.ranks, reports):
+            found[ENTRY_OF_ALL if component.is_global else group.id][reports[rank].digest].append(rank)
+        set_of |= dict.fromkeys(group.ranks, group.id)
+    if strays := sorted(set(reports) - set(set_of)):
         raise StructureError(
             f"component {component.key!r}: ranks {describe(tuple(strays))} hold state but are in no group "
             f"{component.group!r}; declare stateful=None there",
             rank=strays[0],
             component=component.key,
         )
-    return portions
+    return [
+        Contribution(
+            component,
+            entry,
+            [Family(tuple(sorted(ranks)), reports) for ranks in sorted(by_digest.values(), key=min)],
+            set_of,
+        )
+        for entry, by_digest in found.items()
+    ]
+
+
+def _holders(component: Declared, ranks: Ranks, reports: Reports) -> Ranks:
+    """The members of a set whose state counts."""
+    if component.is_compared:
+        holders = tuple(rank for rank in ranks if rank in reports)
+        if holders and holders != ranks:
+            empty = tuple(rank for rank in ranks if rank not in reports)
+            raise StructureError(
+                f"component {component.key!r} ({component.pattern.name}): ranks {describe(empty)} hold nothing "
+                f"(stateful=None), but {describe(holders)} of the same set do; all members must hold the state",
+                rank=empty[0],
+                component=component.key,
+            )
+    else:
+        holders = ranks[:1] if ranks[0] in reports else ()
+    if component.pattern is SharingPattern.GLOBAL and not holders:
+        raise StructureError(
+            f"component {component.key!r} (GLOBAL): rank 0 holds nothing (stateful=None), and its state counts",
+            rank=0,
+            component=component.key,
+        )
+    return holders
+
+
+def entry_of_one(given: Contribution) -> Entry:
+    """The entry to which one family alone contributes."""
+    [family] = given.families
+    num_items = family.reports[family.ranks[0]].num_items
+    return Entry(given.entry, num_items, _portions(given, [_Group([(family, layout)]) for layout in family.layouts]))
 
 
 Table = Sequence[Sequence[Any]]
-"""`structure.State.table()` and each item's bytes: `[name, kind, …, num_bytes]`."""
+"""`structure.State.table()`."""
 
 
-def merge_tables(portions: Sequence[Portion], tables: Mapping[int, Table]) -> list[Portion]:
-    """The portions of a component with global names that several sets hold, given the table of each set's first rank.
+def entry_of_several(given: Contribution, tables: Mapping[int, Table]) -> Entry:
+    """The entry to which several families contribute, given each one's table: names must mean the same in all.
 
-    A name that several sets have becomes part of a portion that all of them hold; it must mean the same there.
+    What several have under one name becomes a portion that all of them hold.
     """
-    first: dict[str, tuple[int, Sequence[Any]]] = {}
+    rows = [{row[0]: tuple(row) for row in tables[rank]} for rank in given.speakers]
     having: dict[str, list[int]] = defaultdict(list)
-    for number, portion in enumerate(portions):
-        for *what, _ in tables[portion.holders[0]]:
-            name = what[0]
+    for number, table in enumerate(rows):
+        for name in table:
             having[name].append(number)
-            rank, known = first.setdefault(name, (portion.holders[0], what))
-            if list(known) != what:
-                raise StructureError(
-                    f"component {portion.component!r}: {name!r} is {_show(known)} on rank {rank} and {_show(what)} on rank "
-                    f"{portion.holders[0]}; with names='global' one name means one item",
-                    rank=portion.holders[0],
-                    component=portion.component,
-                )
-    sizes = {row[0]: row[-1] for portion in portions for row in tables[portion.holders[0]]}
-    shared: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    shared: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name, numbers in having.items():
         if len(numbers) > 1:
-            shared[tuple(numbers)].append(name)
-    shared_names = {name for names in shared.values() for name in names}
-    result = []
-    for portion in portions:
-        own = [row for row in tables[portion.holders[0]] if row[0] not in shared_names]
-        if own:
-            result.append(replace(portion, num_items=len(own), num_bytes=sum(row[-1] for row in own)))
-    for having_it, names in sorted(shared.items()):
-        holders = tuple(sorted({rank for number in having_it for rank in portions[number].holders}))
-        num_bytes = sum(sizes[name] for name in names)
-        result.append(
-            replace(
-                portions[0],
-                holders=holders,
-                num_items=len(names),
-                num_bytes=num_bytes,
-                names=tuple(sorted(names)),
-                num_sets=len(having_it),
+            is_untied = _is_untied(given, name, {number: rows[number] for number in numbers})
+            layouts = [
+                _layout(rows[number], name if not is_untied else _target(rows[number], name)) for number in numbers
+            ]
+            shared[is_untied, tuple(numbers), tuple(layouts)].append(name)
+    groups = []
+    for family, table in zip(given.families, rows, strict=True):
+        for layout in family.layouts:
+            elsewhere = [name for name in table if len(having[name]) > 1 and _layout(table, name) == layout]
+            groups.append(_Group([(family, layout)], sizes=[_size(table[name]) for name in elsewhere]))
+    for (is_untied, numbers, layouts), names in sorted(shared.items(), key=lambda one: one[1]):
+        table = rows[numbers[0]]
+        stored = [_target(table, name) if is_untied else name for name in names]
+        members = [(given.families[number], layout) for number, layout in zip(numbers, layouts, strict=True)]
+        groups.append(_Group(members, tuple(sorted(names)), [_size(table[name]) for name in stored], is_untied))
+    return Entry(given.entry, len(having), _portions(given, groups))
+
+
+def _is_untied(given: Contribution, name: str, tables: Mapping[int, Mapping[str, Sequence[Any]]]) -> bool:
+    """Whether families that share a name have it as a tensor of its own, or as a second name of different ones: then
+    all must store a tensor. `StructureError` where the name does not mean the same in all."""
+    kinds = [table[name][1:] for table in tables.values()]
+    is_untied = any(kind[0] == "alias" for kind in kinds) and any(kind != kinds[0] for kind in kinds)
+    first: tuple[int, list[Any]] | None = None
+    for number, table in tables.items():
+        _, *what = table[_target(table, name)] if is_untied else table[name]
+        # meshes are numbered by each family for itself
+        what = [without_number(one) if isinstance(one, str) else one for one in what]
+        rank = given.families[number].ranks[0]
+        if first is None:
+            first = rank, what
+        elif first[1] != what:
+            raise StructureError(
+                f"component {given.component.key!r}: {name!r} is {_show([name, *first[1]])} on rank {first[0]} and "
+                f"{_show([name, *what])} on rank {rank}; with names='global' one name means one item",
+                rank=rank,
+                component=given.component.key,
             )
+    return is_untied
+
+
+def _target(table: Mapping[str, Sequence[Any]], name: str) -> str:
+    _, kind, *details = table[name]
+    return details[0] if kind == "alias" else name
+
+
+def _layout(table: Mapping[str, Sequence[Any]], name: str) -> str:
+    _, kind, *details = table[name]
+    return details[2] if kind == "tensor" and len(details) > 2 else WHOLE
+
+
+class _Size(NamedTuple):
+    """Of an item: what its bytes, and those of any part of it, follow from. Values and second names have none."""
+
+    shape: tuple[int, ...] = ()
+    item_bytes: int = 0
+
+
+def _size(row: Sequence[Any]) -> _Size:
+    _, kind, *details = row
+    return _Size(tuple(details[1]), ITEM_BYTES[details[0]]) if kind == "tensor" else _Size()
+
+
+class _Group(NamedTuple):
+    """Items that the same families have, each in one of its layouts."""
+
+    members: Sequence[tuple[Family, str]]
+    names: tuple[str, ...] | None = None
+    """None for all of the layout but what other groups name."""
+    sizes: Sequence[_Size] = ()
+    """Of the items in `names`; without names, of those that other groups name."""
+    is_untied: bool = False
+
+
+def _portions(given: Contribution, groups: Sequence[_Group]) -> tuple[Portion, ...]:
+    """A portion for each set of ranks that hold the same, of the items that no group names; and for each group that
+    names items, one for each part."""
+    common: dict[Ranks, Portion] = {}
+    named: list[Portion] = []
+    portions = [portion for group in groups for portion in _parts(given, group)]
+    # a state without items is a state too
+    for portion in [one for one in portions if one.num_items] or portions[:1]:
+        if portion.names is not None:
+            named.append(portion)
+        elif (known := common.get(portion.holders)) is None:
+            common[portion.holders] = portion
+        else:
+            common[portion.holders] = replace(
+                known,
+                num_items=known.num_items + portion.num_items,
+                num_bytes=known.num_bytes + portion.num_bytes,
+                layouts=known.layouts + portion.layouts,
+            )
+    return (*common.values(), *named)
+
+
+def _parts(given: Contribution, group: _Group) -> Iterator[Portion]:
+    """A portion for each part of the items of a group; one if they are whole."""
+    held = {rank: one for family, layout in group.members for rank, one in family.held(layout)}
+    lowest = held[min(held)]
+    holders: dict[Coordinate | None, list[int]] = defaultdict(list)
+    for rank, one in held.items():
+        if missing := sorted(set(one.ranks) - held.keys()):
+            raise _reaches_outside(given, one.ranks, missing)
+        holders[one.place_of(rank)].append(rank)
+    for place, ranks in holders.items():
+        first = held[min(ranks)]
+        boxes = [list(first.boxes(size.shape, place)) for size in group.sizes]
+        num_items = sum(map(len, boxes))
+        num_bytes = sum(size.item_bytes * sum(map(volume, own)) for size, own in zip(group.sizes, boxes, strict=True))
+        if group.names is None:
+            num_items, num_bytes = first.num_parts - num_items, first.num_bytes - num_bytes
+        yield Portion(
+            given.component.key,
+            given.entry,
+            tuple(sorted(ranks)),
+            num_items,
+            num_bytes,
+            names=group.names,
+            num_sets=len({given.set_of[rank] for rank in ranks}),
+            exclude=given.component.exclude,
+            layouts=tuple(dict.fromkeys(layout for _, layout in group.members)),
+            lead=min(ranks) if place is None else lowest.lead(place),
+            is_untied=group.is_untied,
         )
-    return result
+
+
+def _reaches_outside(given: Contribution, mesh: Ranks, missing: Sequence[int]) -> StructureError:
+    if given.component.is_global and given.component.pattern is not SharingPattern.GLOBAL:
+        problem = "do not hold the same items; every rank of a mesh must"
+    else:
+        what = "REPLICATED" if given.component.pattern is SharingPattern.GLOBAL else "names='global'"
+        problem = f"are outside the set {given.entry!r}, whose state is stored by itself; declare {what}"
+    return StructureError(
+        f"component {given.component.key!r}: tensors are cut over the ranks {describe(mesh)}, of which "
+        f"{describe(tuple(missing))} {problem}",
+        rank=missing[0],
+        component=given.component.key,
+    )
 
 
 def first_difference(component: str, tables: Mapping[int, Table]) -> CheckpointError:
     """The error that names the first item in which the structures of some ranks differ."""
     (rank, table), *others = sorted(tables.items())
-    expected = {row[0]: list(row[:-1]) for row in table}
+    expected = {row[0]: list(row) for row in table}
     for other, other_table in others:
-        found = {row[0]: list(row[:-1]) for row in other_table}
+        found = {row[0]: list(row) for row in other_table}
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 return StructureError(
@@ -229,4 +464,6 @@ def _show(what: Sequence[Any] | None) -> str:
     _, kind, *details = what
     if kind == "alias":
         return f"the same tensor as {details[0]!r}"
+    if kind == "tensor" and len(details) > 2:
+        return f"a tensor {details[0]} {details[1]}, {without_number(details[2])}"
     return f"a {kind} {' '.join(str(detail) for detail in details)}".rstrip()

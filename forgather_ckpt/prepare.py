@@ -246,7 +246,7 @@ def _recipe(
     ):
         # of a job-wide namespace a rank takes what it has, and what it asks for
         asked = {name for name, target in targets.items() if target is not None}
-        whole = whole.only(asked | {*live.tensors, *live.values, *live.aliases})
+        whole = whole.only(asked | live.names)
     if isinstance(component.stateful, nn.Module):
         _check_module(component, whole, live)
     return Recipe(component, [whole], [assemble(whole, live, targets, staged=staged)], False, manifest)
@@ -260,7 +260,7 @@ def _refuse_shared_memory(recipes: Sequence[Recipe], live: Live) -> None:
             continue
         state = live.states[recipe.component.key]
         for name, rows in recipe.stored[0].tensors.items():
-            item = state.tensors.get(state.aliases[name].target if name in state.aliases else name)
+            item = state.tensor_item(state.aliases[name].target if name in state.aliases else name)
             if item is None or (memory := structure.memory_of(item.tensor)) is None:
                 continue
             told = f"{name!r} of component {recipe.component.key!r}"
@@ -276,7 +276,7 @@ def _refuse_shared_memory(recipes: Sequence[Recipe], live: Live) -> None:
 
 def _check_module(component: StateComponent, stored: Stored, live: State) -> None:
     """A module's `load_state_dict` is strict about names, but speaks only after tensors have been filled."""
-    names = {*live.tensors, *live.values, *live.aliases}
+    names = live.names
     for what, difference in (
         ("in the checkpoint but not in the job's module", stored.names - names),
         ("in the job's module but not in the checkpoint", names - stored.names),
@@ -329,7 +329,7 @@ def _check_restored(recipes: Sequence[Recipe]) -> None:
         if recipe.is_resized:
             continue
         for name, rows in recipe.stored[0].tensors.items():
-            item = live.tensors.get(name)
+            item = live.tensor_item(name)
             if item is not None and (item.dtype, item.shape) != (rows[0].dtype, rows[0].shape):
                 raise LoadMismatch(
                     f"component {recipe.component.key!r}: {name!r} was saved as {rows[0].dtype} {list(rows[0].shape)}, but "

@@ -11,19 +11,44 @@ from typing import NamedTuple
 import torch
 
 from forgather_ckpt import files, hashtree, memory
+from forgather_ckpt.boxes import Box, inside, overlap, volume
+from forgather_ckpt.dtypes import ITEM_BYTES
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.index import TensorRow
 from forgather_ckpt.pieces import Block, damaged, requests
 
 IN_FLIGHT = 16
 
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+"""By size of an element."""
+
+
+class Region(NamedTuple):
+    """A part of a tensor in memory: `tensor` has the shape of `box`, any strides, and lies on any device."""
+
+    box: Box
+    tensor: torch.Tensor
+
 
 class Wanted(NamedTuple):
-    """One stored piece and where it goes: `destination` is 1-D uint8 of the piece's length, on any device."""
+    """One stored piece and where it goes.
+
+    `destination` is 1-D uint8 of the piece's length, on any device; or a region which has some of its elements.
+    """
 
     component: str
     row: TensorRow
-    destination: torch.Tensor
+    destination: torch.Tensor | Region
+
+    @property
+    def device(self) -> torch.device:
+        return self.destination.tensor.device if isinstance(self.destination, Region) else self.destination.device
+
+    def wants(self, number: int) -> bool:
+        """Whether any byte of the piece's block of that number goes anywhere."""
+        if not isinstance(self.destination, Region):
+            return True
+        return any(overlap(one, self.destination.box) for one in self.row.rectangles(number))
 
 
 def read(directory: Path, wanted: Sequence[Wanted], *, on_progress: Callable[[], None] = lambda: None) -> None:
@@ -45,7 +70,7 @@ def read(directory: Path, wanted: Sequence[Wanted], *, on_progress: Callable[[],
         for name, pieces in by_file.items():
             descriptor = files.open_to_read(directory / name)
             stack.callback(close, descriptor)
-            for run in requests(sorted(pieces, key=lambda one: one.row.offset)):
+            for run in requests(sorted(pieces, key=lambda one: one.row.offset), Wanted.wants):
                 if len(in_flight) == IN_FLIGHT:
                     in_flight.popleft().result()
                     on_progress()
@@ -57,7 +82,7 @@ def read(directory: Path, wanted: Sequence[Wanted], *, on_progress: Callable[[],
 
 def _read_run(descriptor: int, run: Sequence[Block[Wanted]], directory: Path) -> None:
     start = run[0].start
-    buffer = memory.bounce_buffer(pinned=any(block.piece.destination.device.type != "cpu" for block in run))
+    buffer = memory.bounce_buffer(pinned=any(block.piece.device.type != "cpu" for block in run))
     view = memory.host_view(buffer)[: run[-1].stop - start]
     count = files.read_at(descriptor, view, start)
     for block in run:
@@ -67,7 +92,23 @@ def _read_run(descriptor: int, run: Sequence[Block[Wanted]], directory: Path) ->
             raise damaged(block.piece.row, block.number, block.piece.component, directory, is_short=is_short)
     for block in run:
         if block.stop > block.start:
-            offset = block.number * BLOCK_BYTES
-            length = block.stop - block.start
-            verified = buffer[block.start - start : block.stop - start]
-            block.piece.destination[offset : offset + length].copy_(verified)
+            _give(block, buffer[block.start - start : block.stop - start])
+
+
+def _give(block: Block[Wanted], verified: torch.Tensor) -> None:
+    """Copy the bytes of a block to where they are wanted."""
+    destination, row = block.piece.destination, block.piece.row
+    if not isinstance(destination, Region):
+        offset = block.number * BLOCK_BYTES
+        destination[offset : offset + len(verified)].copy_(verified)
+        return
+    # torch cannot copy every dtype, but all bits of one of the same size
+    words = _WORDS[ITEM_BYTES[row.dtype]]
+    elements, target = verified.view(words), destination.tensor.view(words)
+    position = 0
+    for box in row.rectangles(block.number):
+        count = volume(box)
+        if (common := overlap(box, destination.box)) is not None:
+            source = elements[position : position + count].view([stop - first for first, stop in box])
+            target[inside(common, destination.box)].copy_(source[inside(common, box)])
+        position += count

@@ -17,12 +17,13 @@ from forgather_ckpt import (
     hashtree,
     index,
     inventory,
+    names,
     paths,
     plan,
     strict_json,
     writing,
 )
-from forgather_ckpt.check import Comparison, compare, level_of
+from forgather_ckpt.check import Comparison, Finding, compare, level_of
 from forgather_ckpt.comm import Comm
 from forgather_ckpt.component import StateComponent
 from forgather_ckpt.declarations import agreed, declare
@@ -35,6 +36,7 @@ from forgather_ckpt.job import Job
 from forgather_ckpt.manifest import CheckpointManifest, FileRecord, Validation
 from forgather_ckpt.patterns import ValidationLevel
 from forgather_ckpt.plan import Extent
+from forgather_ckpt.portions import Portion
 from forgather_ckpt.settle import Settlement, settle
 from forgather_ckpt.structure import collector_paused
 from forgather_ckpt.topology import Ranks
@@ -150,6 +152,7 @@ def _without(settled: Settlement, comparison: Comparison, reason: str) -> tuple[
         Settlement(
             settled.states,
             tuple(settled.portions[number] for number in kept),
+            {key: count for key, count in settled.num_items.items() if key[0] not in dropped},
             {**settled.omitted, **dict.fromkeys(sorted(dropped), reason)},
         ),
         comparison.renumbered({old: new for new, old in enumerate(kept)}),
@@ -216,19 +219,19 @@ def _assign(holding: Holding, content: _Content, comm: Comm) -> Assignment | Non
     portion = holding.portion
     finding = content.comparison.findings.get(holding.number)
     # Copies that were not compared are never mixed (DESIGN invariant 12): one holder writes alone.
-    writers: Ranks = portion.holders[:1] if finding is None else finding.verdict.majority
+    writers: Ranks = (portion.lead,) if finding is None else finding.verdict.majority
     if comm.rank not in writers:
         return None
     excluded = set() if finding is None else set(finding.excluded)
     # what was not compared comes from one copy too
-    dealt = [Extent(item.name, item.num_bytes) for item in holding.tensors.values() if item.name not in excluded]
+    dealt = [Extent(key, item.num_bytes) for key, item in holding.tensors.items() if key not in excluded]
     blocks = content.comparison.host_blocks(holding)
     pieces = [
         OwnedPiece(holding.tensors[piece.name], piece.start, piece.stop, blocks.get(piece.name))
         for piece in plan.deal(dealt, writers)[comm.rank]
     ]
     if comm.rank == writers[0]:
-        alone = (holding.tensors[name] for name in holding.tensors if name in excluded)
+        alone = (item for key, item in holding.tensors.items() if key in excluded)
         pieces += [OwnedPiece(item, 0, item.num_bytes) for item in alone]
     is_first = comm.rank == writers[0]
     if not pieces and not is_first:
@@ -306,6 +309,7 @@ def _manifest(
         components=inventory.component_records(
             agreed(kept),
             content.settled.portions,
+            content.settled.num_items,
             reports,
             {component.key: _validation(component.key, content) for component in kept},
             {component.key: component.metadata for component in kept},
@@ -334,8 +338,9 @@ def _validation(key: str, content: _Content) -> Validation:
     for number, finding in findings.items():
         if finding.excluded:
             entry = portions[number].entry
-            excluded[entry] = tuple(sorted({*excluded.get(entry, ()), *finding.excluded}))
-    differed = {portions[n].entry: f.verdict.majority for n, f in findings.items() if not f.verdict.is_equal}
+            left_out = map(names.item_name, finding.excluded)
+            excluded[entry] = tuple(sorted({*excluded.get(entry, ()), *left_out}))
+    differed = _trusted({number: portions[number] for number in findings}, findings)
     num_items = sum(portions[number].num_items - len(finding.excluded) for number, finding in findings.items())
     return Validation(
         level=check.strongest(finding.level for finding in findings.values()),
@@ -345,3 +350,15 @@ def _validation(key: str, content: _Content) -> Validation:
         trusted=differed,
         excluded=excluded,
     )
+
+
+def _trusted(portions: Mapping[int, Portion], findings: Mapping[int, Finding]) -> dict[str, Ranks]:
+    """By entry in which copies differed, the ranks that are in the majority of all its portions."""
+    minority: dict[str, set[int]] = {}
+    for number, finding in findings.items():
+        if not finding.verdict.is_equal:
+            minority.setdefault(portions[number].entry, set()).update(finding.verdict.minority)
+    return {
+        entry: tuple(sorted({rank for one in portions.values() if one.entry == entry for rank in one.holders} - ranks))
+        for entry, ranks in minority.items()
+    }

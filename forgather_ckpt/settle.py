@@ -12,15 +12,18 @@ from forgather_ckpt.errors import CheckpointError, RankFailed, StructureError
 from forgather_ckpt.memory import wait_for_devices
 from forgather_ckpt.patterns import TRAITS
 from forgather_ckpt.portions import (
+    Contribution,
     Declared,
+    Entry,
     Portion,
     Report,
     Table,
-    base_portions,
+    contributions,
     differing_sets,
+    entry_of_one,
+    entry_of_several,
     first_difference,
     first_problem,
-    merge_tables,
 )
 from forgather_ckpt.structure import State, capture
 from forgather_ckpt.topology import Topology
@@ -34,6 +37,8 @@ class Settlement:
 
     states: Mapping[str, State]
     portions: tuple[Portion, ...]
+    num_items: Mapping[tuple[str, str], int]
+    """Of each entry of each component."""
     omitted: Mapping[str, str]
     """Optional components that could not be taken, with the reason."""
 
@@ -45,22 +50,37 @@ def settle(comm: Comm, topology: Topology, components: Sequence[StateComponent])
     name tables too. A difference or an unstorable leaf is one error on every rank, before anything is written.
     """
     states: dict[str, State] = {}
+    reported: list[list[list[Any] | None]] = []
 
     def report() -> list[list[Any] | None]:
         reports = capture_all(components, topology, states)
         return [None if report is None else report.to_json() for report in reports]
 
+    def first(columns: list[list[list[Any] | None]]) -> dict[str, Any]:
+        reported.extend(columns)
+        return _decide(declared, topology, columns, {})
+
     declared = agreed(components)
-    told = comm.agree("comparing structures", report, lambda reports: _decide(declared, topology, reports))
-    if told["tables"]:
+    told = comm.agree("comparing structures", report, first)
+    if wanted := told["tables"]:
 
         def tables() -> dict[str, Table]:
-            return {key: _sized_table(states[key]) for key, ranks in told["tables"].items() if comm.rank in ranks}
+            return {key: states[key].table() for key, ranks in wanted.items() if comm.rank in ranks}
 
-        told = comm.agree("comparing structures", tables, lambda tables: _decide_tables(declared, told, tables))
+        def decide(columns: list[dict[str, Table]]) -> dict[str, Any]:
+            tables = {
+                key: {rank: column[key] for rank, column in enumerate(columns) if key in column} for key in wanted
+            }
+            return _decide(declared, topology, reported, tables)
+
+        told = comm.agree("comparing structures", tables, decide)
     for key, reason in told["omitted"].items():
         logger.warning("component %r is left out of the checkpoint: %s", key, reason)
-    return Settlement(states, tuple(Portion.from_json(data) for data in told["portions"]), told["omitted"])
+    portions, num_items = [], {}
+    for key, entry, count, own in told["entries"]:
+        num_items[key, entry] = count
+        portions += [Portion.from_json(data) for data in own]
+    return Settlement(states, tuple(portions), num_items, told["omitted"])
 
 
 def capture_all(
@@ -77,7 +97,7 @@ def capture_all(
         taken = _take(component, is_wanted=holds_state(component, topology))
         if isinstance(taken, State):
             states[component.key] = taken
-            reports.append(Report(taken.structure_digest().hex(), taken.num_items, taken.num_bytes))
+            reports.append(Report(taken.structure_digest().hex(), taken.num_items, taken.held()))
         elif taken is None:
             reports.append(None)
         else:
@@ -135,60 +155,45 @@ def holds_state(component: StateComponent, topology: Topology) -> bool:
     return any(group.ranks[0] == topology.rank for group in declared.sets(topology))
 
 
-def _sized_table(state: State) -> Table:
-    sizes = {name: item.num_bytes for name, item in state.tensors.items()}
-    return [[*row, sizes.get(row[0], 0)] for row in state.table()]
+Columns = Sequence[Sequence[list[Any] | None]]
+"""By rank, the reports of all components."""
 
 
-def _decide(declared: Sequence[Declared], topology: Topology, columns: list[list[list[Any] | None]]) -> dict[str, Any]:
-    """Portions and omissions; and whose tables are needed, by component, to name a difference or to merge names."""
-    portions: list[Portion] = []
+def _decide(
+    declared: Sequence[Declared], topology: Topology, columns: Columns, tables: Mapping[str, Mapping[int, Table]]
+) -> dict[str, Any]:
+    """Entries and omissions; and where it takes tables to name a difference or to merge names, whose, by component."""
+    entries: list[list[Any]] = []
     omitted: dict[str, str] = {}
-    tables: dict[str, list[int]] = {}
-    differing: list[str] = []
+    wanted: dict[str, list[int]] = {}
     for number, component in enumerate(declared):
-        reports = {rank: Report(*column[number]) for rank, column in enumerate(columns) if column[number] is not None}  # type: ignore[misc]
+        reports = {rank: Report.from_json(one) for rank, column in enumerate(columns) if (one := column[number])}
         if (problem := first_problem(component, reports)) is not None:
             omitted[component.key] = problem
             continue
-        if differing_ranks := differing_sets(component, reports, topology):
-            tables[component.key] = list(differing_ranks[0])
-            differing.append(component.key)
-            continue
         try:
-            base = base_portions(component, reports, topology)
+            if differing := differing_sets(component, reports, topology):
+                if component.key in tables:
+                    raise first_difference(component.key, tables[component.key])
+                wanted[component.key] = list(differing)
+                continue
+            given = contributions(component, reports, topology)
+            speakers = [rank for one in given if len(one.families) > 1 for rank in one.speakers]
+            if speakers and component.key not in tables:
+                wanted[component.key] = speakers
+                continue
+            found = [_entry(one, tables.get(component.key, {})) for one in given]
         except StructureError as err:
             _omit_or_raise(component, err, omitted)
             continue
-        if component.is_global and len(base) > 1:
-            tables[component.key] = [portion.holders[0] for portion in base]
-        portions += base
-    return {
-        "portions": [portion.to_json() for portion in portions],
-        "omitted": omitted,
-        "tables": tables,
-        "differing": differing,
-    }
+        for entry in found:
+            portions = [portion.to_json() for portion in entry.portions]
+            entries.append([component.key, entry.name, entry.num_items, portions])
+    return {"entries": entries, "omitted": omitted, "tables": wanted}
 
 
-def _decide_tables(
-    declared: Sequence[Declared], told: Mapping[str, Any], answers: list[dict[str, Table]]
-) -> dict[str, Any]:
-    omitted = dict(told["omitted"])
-    portions = [Portion.from_json(data) for data in told["portions"]]
-    by_key = {component.key: component for component in declared}
-    for key in told["tables"]:
-        tables = {rank: answer[key] for rank, answer in enumerate(answers) if key in answer}
-        own = [portion for portion in portions if portion.component == key]
-        merged: list[Portion] = []
-        try:
-            if key in told["differing"]:
-                raise first_difference(key, tables)
-            merged = merge_tables(own, tables)
-        except StructureError as err:
-            _omit_or_raise(by_key[key], err, omitted)
-        portions = [portion for portion in portions if portion.component != key] + merged
-    return {"portions": [portion.to_json() for portion in portions], "omitted": omitted}
+def _entry(given: Contribution, tables: Mapping[int, Table]) -> Entry:
+    return entry_of_one(given) if len(given.families) == 1 else entry_of_several(given, tables)
 
 
 def _omit_or_raise(component: Declared, error: StructureError, omitted: dict[str, str]) -> None:

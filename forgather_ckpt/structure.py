@@ -2,7 +2,7 @@
 
 A dict is always descended into; a list or tuple only where a dict or a tensor lies below it, otherwise it is one
 value. What is not a tensor is a value and must be plain data (see `values`). Tensors are references to live
-memory: nothing is copied here.
+memory: nothing is copied here. Of a DTensor that a mesh cuts, this rank has some boxes, each of them a part.
 """
 
 import gc
@@ -10,41 +10,75 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
 
-from forgather_ckpt import hashtree, names, strict_json, values
+from forgather_ckpt import hashtree, names, sharded, strict_json, values
+from forgather_ckpt.boxes import Box
 from forgather_ckpt.dtypes import ITEM_BYTES
 from forgather_ckpt.errors import FormatError, StructureError
 from forgather_ckpt.names import ListIndex, Path, TupleIndex
+from forgather_ckpt.portions import WHOLE, Held, layout_name
+from forgather_ckpt.sharded import PLAIN_TENSORS, MeshLayout
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _DICTS = (dict, OrderedDict)
 """Descended into. An OrderedDict, which modules return, comes back as a dict, which keeps its order too."""
 
-_PLAIN_TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
-
 
 class TensorItem(NamedTuple):
-    """A tensor of a state dict: `tensor` is the live one."""
+    """What this rank has of a tensor of a state dict, all of it or one box: `tensor` is live memory."""
 
     name: str
     order: int
     tensor: torch.Tensor
+    box: Box | None = None
+    """None for a whole tensor."""
+    whole_shape: tuple[int, ...] | None = None
+    """Of the whole tensor, where that is not the shape of `tensor`."""
+    layout: str = WHOLE
+    """Which of its state's layouts the box comes from."""
+    dtensor: torch.Tensor | None = None
+    """That this is the local part of, where that is all of it."""
+
+    @property
+    def key(self) -> str:
+        """What tells parts of a state apart: the name of a whole tensor, the name and the box of a part."""
+        return self.name if self.box is None else names.part_key(self.name, self.box)
 
     @property
     def dtype(self) -> str:
-        return str(self.tensor.dtype).removeprefix("torch.")
+        return dtype_name(self.tensor.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
+        """Of the whole tensor."""
+        return tuple(self.tensor.shape) if self.whole_shape is None else self.whole_shape
 
     @property
     def num_bytes(self) -> int:
         return self.tensor.numel() * self.tensor.element_size()
+
+
+class ShardedItem(NamedTuple):
+    """A DTensor of a state dict that its mesh cuts into parts; `tensor` is the live one."""
+
+    name: str
+    order: int
+    tensor: "DTensor"
+    layout: str
+
+    @property
+    def dtype(self) -> str:
+        return dtype_name(self.tensor.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
 
 
 class ValueItem(NamedTuple):
@@ -69,20 +103,56 @@ class State:
     """The items of one state dict, by name."""
 
     tensors: Mapping[str, TensorItem]
+    """By key: whole tensors, and the parts of sharded ones that this rank holds."""
     values: Mapping[str, ValueItem]
     aliases: Mapping[str, AliasItem]
+    sharded: Mapping[str, ShardedItem] = field(default_factory=dict)
+    """Those of which this rank holds nothing, too."""
+    layouts: Mapping[str, MeshLayout] = field(default_factory=dict)
+    """Of the sharded tensors, by the name that says how they are cut."""
+
+    @property
+    def names(self) -> set[str]:
+        return {*self._whole(), *self.sharded, *self.values, *self.aliases}
 
     @property
     def num_items(self) -> int:
-        return len(self.tensors) + len(self.values) + len(self.aliases)
+        return len(self._whole()) + len(self.sharded) + len(self.values) + len(self.aliases)
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(item.num_bytes for item in self.tensors.values())
+    def held(self) -> dict[str, Held]:
+        """How much this rank holds of each layout, what is whole first."""
+        whole = self._whole()
+        num_whole = len(whole) + len(self.values) + len(self.aliases)
+        found = {WHOLE: Held(None, (), num_whole, sum(item.num_bytes for item in whole.values()))}
+        parts: dict[str, list[int]] = {name: [] for name in self.layouts}
+        for item in self.tensors.values():
+            if item.box is not None:
+                parts[item.layout].append(item.num_bytes)
+        for name, (layout, ranks) in self.layouts.items():
+            found[name] = Held(layout, ranks, len(parts[name]), sum(parts[name]))
+        return found
+
+    def _whole(self) -> Mapping[str, TensorItem]:
+        if not self.sharded:
+            return self.tensors
+        return {key: item for key, item in self.tensors.items() if item.box is None}
+
+    def tensor_item(self, name: str) -> TensorItem | ShardedItem | None:
+        """The tensor of that name, whole or sharded; None where there is none."""
+        return self.sharded.get(name) or self.tensors.get(name)
+
+    def parts(self) -> Mapping[str, list[TensorItem]]:
+        """The parts that this rank holds, by the names of their items."""
+        found: dict[str, list[TensorItem]] = {name: [] for name in self.sharded}
+        for item in self.tensors.values():
+            if item.box is not None:
+                found[item.name].append(item)
+        return found
 
     def table(self) -> list[list[Any]]:
         """What must be equal between copies besides the bytes, in the order of names: `[name, kind, …]` an item."""
-        rows: list[list[Any]] = [[item.name, "tensor", item.dtype, list(item.shape)] for item in self.tensors.values()]
+        rows: list[list[Any]] = [[item.name, "tensor", item.dtype, list(item.shape)] for item in self._whole().values()]
+        rows += [[item.name, "tensor", item.dtype, list(item.shape), item.layout] for item in self.sharded.values()]
         rows += [[item.name, "value"] for item in self.values.values()]
         rows += [[item.name, "alias", item.target] for item in self.aliases.values()]
         return sorted(rows)
@@ -113,7 +183,8 @@ def capture(state_dict: Any) -> State:
         walk.visit_dict(state_dict, ())
     except RecursionError:
         raise _too_deep(()) from None
-    return State(walk.tensors, walk.values, walk.aliases)
+    layouts = {name: layout for layout, name in walk.layouts.items()}
+    return State(walk.tensors, walk.values, walk.aliases, walk.sharded, layouts)
 
 
 class _Walk:
@@ -121,6 +192,8 @@ class _Walk:
         self.tensors: dict[str, TensorItem] = {}
         self.values: dict[str, ValueItem] = {}
         self.aliases: dict[str, AliasItem] = {}
+        self.sharded: dict[str, ShardedItem] = {}
+        self.layouts: dict[MeshLayout, str] = {}
         self._order = 0
         self._owners: dict[Hashable, str] = {}
 
@@ -158,15 +231,42 @@ class _Walk:
 
     def _add_tensor(self, tensor: torch.Tensor, path: Path) -> None:
         name = self._name(path)
-        if reason := _why_not_storable(tensor):
-            raise StructureError(f"{name}: {reason}")
-        self._order += 1
-        if (memory := memory_of(tensor)) is not None:
-            owner = self._owners.setdefault(memory, name)
-            if owner != name:
-                self.aliases[name] = AliasItem(name, self._order, owner)
-                return
-        self.tensors[name] = TensorItem(name, self._order, tensor.detach())
+        try:
+            whole = tensor if type(tensor) in PLAIN_TENSORS else self._local_or_none(tensor)
+            if whole is not None and (reason := _why_not_storable(whole)):
+                raise StructureError(reason)
+            self._order += 1
+            if (memory := memory_of(tensor)) is not None:
+                owner = self._owners.setdefault(memory, name)
+                if owner != name:
+                    self.aliases[name] = AliasItem(name, self._order, owner)
+                    return
+            if whole is None:
+                self._add_sharded(tensor, name)
+            else:
+                shape, dtensor = (None, None) if whole is tensor else (tuple(tensor.shape), tensor.detach())
+                item = TensorItem(name, self._order, whole.detach(), whole_shape=shape, dtensor=dtensor)
+                self.tensors[name] = item
+        except StructureError as err:
+            raise StructureError(f"{name}: {err.message}") from None
+
+    def _local_or_none(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The memory of a tensor of another type that is all on this rank; None where its mesh cuts it."""
+        if not sharded.is_dtensor(tensor):
+            return tensor
+        return None if sharded.is_sharded(tensor) else sharded.local_part(tensor)
+
+    def _add_sharded(self, tensor: Any, name: str) -> None:
+        layout = sharded.layout_of(tensor)
+        own = self.layouts.setdefault(layout, layout_name(layout.layout, len(self.layouts)))
+        shape = tuple(tensor.shape)
+        live = tensor.detach() if tensor.requires_grad else tensor  # which costs more for a DTensor than all the rest
+        self.sharded[name] = ShardedItem(name, self._order, live, own)
+        for box, part in sharded.parts(tensor):
+            item = TensorItem(name, self._order, part, box, shape, own)
+            if reason := _why_not_storable(part):
+                raise StructureError(reason)
+            self.tensors[item.key] = item
 
     def _add_value(self, value: Any, path: Path) -> None:
         name = self._name(path)
@@ -180,10 +280,27 @@ class _Walk:
 
 def memory_of(tensor: torch.Tensor) -> Hashable | None:
     """What two tensors have in common exactly if they are one: names of tied weights. None where that has no meaning."""
+    if type(tensor) not in PLAIN_TENSORS:
+        return _memory_of_local(tensor)
     if not tensor.numel() or tensor.is_conj() or tensor.is_neg():
         return None
     start = tensor.untyped_storage().data_ptr()
     return start, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _memory_of_local(tensor: torch.Tensor) -> Hashable | None:
+    """Of a DTensor. All ranks must see the same ties, so a local part may be empty: then its storage is asked for
+    itself, as it has no address."""
+    if not sharded.is_dtensor(tensor) or not tensor.numel():
+        return None
+    local = sharded.local_part(tensor)
+    storage = local.untyped_storage()
+    start = storage.data_ptr() if local.numel() else storage._cdata
+    return start, local.storage_offset(), tensor.shape, tensor.placements, tensor.dtype, local.device
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _too_deep(path: Path) -> StructureError:
@@ -210,7 +327,7 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def _why_not_storable(tensor: torch.Tensor) -> str | None:
-    if type(tensor) not in _PLAIN_TENSORS:
+    if type(tensor) not in PLAIN_TENSORS:
         return f"tensors of type {type(tensor).__name__} cannot be checkpointed; return plain tensors"
     if tensor.is_nested:
         return "nested tensors cannot be checkpointed; store their parts"
@@ -220,7 +337,7 @@ def _why_not_storable(tensor: torch.Tensor) -> str | None:
         return "quantized tensors cannot be checkpointed; store int_repr(), scale and zero point"
     if tensor.layout != torch.strided:
         return f"tensors of layout {tensor.layout} cannot be checkpointed; store their indices and values"
-    if str(tensor.dtype).removeprefix("torch.") not in ITEM_BYTES:
+    if dtype_name(tensor.dtype) not in ITEM_BYTES:
         return f"tensors of dtype {tensor.dtype} cannot be checkpointed; convert them"
     return None
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from forgather_ckpt import container, files, hashtree, index, memory, paths, values
+from forgather_ckpt import container, files, hashtree, index, memory, names, paths, values
 from forgather_ckpt.container import Slot
 from forgather_ckpt.errors import CheckpointError
 from forgather_ckpt.hashtree import BLOCK_BYTES
@@ -27,17 +27,29 @@ IN_FLIGHT_BYTES = 16 * BLOCK_BYTES
 
 
 class OwnedPiece(NamedTuple):
-    """Bytes `start` to `stop`, in C order, of a tensor that this rank is to write."""
+    """Bytes `start` to `stop`, in C order, of a tensor, or of a box of one, that this rank is to write."""
 
     item: TensorItem
     start: int
     stop: int
     expected: tuple[bytes, ...] | None = None
-    """Block digests of the whole tensor, where the replication check has taken them just before."""
+    """Block digests of the whole item, where the replication check has taken them just before."""
+
+    @property
+    def is_all(self) -> bool:
+        """Whether it is the whole item."""
+        return self.stop - self.start == self.item.num_bytes
 
     @property
     def is_whole(self) -> bool:
-        return self.stop - self.start == self.item.num_bytes
+        """Whether it is a whole tensor."""
+        return self.is_all and self.item.box is None
+
+    @property
+    def range(self) -> tuple[int, int] | None:
+        """The elements of the item that it is; None for all."""
+        size = self.item.tensor.element_size()
+        return None if self.is_all else (self.start // size, self.stop // size)
 
 
 @dataclass(frozen=True)
@@ -147,11 +159,12 @@ def _batches(assignments: Sequence[Assignment], pieces: Sequence[tuple[int, Owne
 
 
 def _key(assignment: Assignment, piece: OwnedPiece, taken: Mapping[str, object]) -> str:
-    """The tensor's key in its file: its name if it can be, with the range of elements where it is a piece."""
+    """The tensor's key in its file: its name if it can be, with box and range of elements where it is a piece."""
     key = piece.item.name
-    if not piece.is_whole:
-        size = piece.item.tensor.element_size()
-        key = f"{key}#{piece.start // size}:{piece.stop // size}"
+    if piece.item.box is not None:
+        key = f"{key}#{names.box_text(piece.item.box)}"
+    if piece.range is not None:
+        key = f"{key}#{names.box_text([piece.range])}"
     while not container.is_free(key, taken):
         key = f"{assignment.component}:{key}"
     return key
@@ -251,12 +264,12 @@ def _write_parts(descriptor: int, parts: Sequence[torch.Tensor], offset: int) ->
 def _row(placed: _Placed, file: str, offset: int, blocks: Sequence[bytes]) -> TensorRow:
     piece = placed.piece
     item = piece.item
-    size = item.tensor.element_size()
     if piece.expected is not None:
         first = piece.start // BLOCK_BYTES
         if piece.expected[first : first + len(blocks)] != tuple(blocks):
             raise changed(item.name)
-    logical = None if piece.is_whole or piece.expected is None else hashtree.join(piece.expected)
+    is_known = piece.expected is not None and item.box is None and not piece.is_whole
+    logical = hashtree.join(piece.expected) if is_known and piece.expected else None
     return TensorRow(
         item.name,
         item.order,
@@ -265,7 +278,8 @@ def _row(placed: _Placed, file: str, offset: int, blocks: Sequence[bytes]) -> Te
         file,
         offset,
         hashtree.join(blocks),
-        range=None if piece.is_whole else (piece.start // size, piece.stop // size),
+        box=item.box,
+        range=piece.range,
         key=None if placed.key == item.name else placed.key,
         blocks=tuple(blocks) if len(blocks) > 1 else (),
         logical=logical,

@@ -15,7 +15,7 @@ ROOT = Path(forgather_ckpt.__file__).parent
 LAYERS = [
     # words and the bytes below everything
     ("errors", "patterns", "dtypes", "hashtree", "multilinear", "paths"),
-    ("strict_json", "topology"),
+    ("strict_json", "topology", "boxes"),
     # codecs
     ("values", "container", "manifest"),
     ("names", "index"),
@@ -31,7 +31,7 @@ LAYERS = [
     ("cli",),
     ("__main__",),
     # --- no torch, no numpy above this line
-    ("component", "comm", "elements", "excerpts", "triton_digest"),
+    ("component", "comm", "elements", "excerpts", "triton_digest", "sharded"),
     ("structure", "discovery", "declarations", "optimizer", "rng", "entries", "deltas", "bulk"),
     ("memory", "holdings", "job"),
     ("reading", "writing", "settle", "device_digest"),

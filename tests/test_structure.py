@@ -73,7 +73,8 @@ def test_items_have_the_names_of_their_paths():
         '~i0/~k{"$tuple":[true,null]}/~knull', "list/~l1", "list/~l2", "list/~l3/~t1", "list/~l4",
         "tuple/~t0/a", "tuple/~t1", "tuple/~t2/~l0", "plain", "empty",
     ]  # fmt: skip
-    assert (state.num_items, state.num_bytes) == (20, 4 * (2 + 1 + 1 + 1 + 3 + 1))
+    [held] = state.held().values()
+    assert (state.num_items, held.num_parts, held.num_bytes) == (20, 20, 4 * (2 + 1 + 1 + 1 + 3 + 1))
     assert_same(through(NESTED), NESTED)
 
 
@@ -318,7 +319,14 @@ def test_any_names_form_a_state_or_are_refused(names):
         state = restore([(number, name, number) for number, name in enumerate(names)])
     except FormatError:
         return
-    assert sorted(item.value for item in capture(state).values.values()) == list(range(len(names)))
+    assert leaves_of(state) == list(range(len(names)))
+    assert_same(through(state), state)
+
+
+def leaves_of(value):
+    if isinstance(value, int):
+        return [value]
+    return sorted(leaf for inner in (value.values() if isinstance(value, dict) else value) for leaf in leaves_of(inner))
 
 
 def test_a_path_is_described_as_a_person_would():
