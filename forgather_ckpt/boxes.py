@@ -122,7 +122,7 @@ def _cuts(layout: Layout, shape: tuple[int, ...]) -> list[list[_Cut]]:
 
 def _intervals(cuts: Sequence[_Cut], length: int, coordinate: Coordinate) -> list[Interval]:
     """What a rank has of a dimension of `length`, in the order of its local part."""
-    held = [(0, length)]
+    held = [(0, length)] if length else []
     ordered = _in_order_of_cutting(cuts)
     for cut in cuts if ordered is None else ordered:
         pieces = [held] if ordered is not None else _chunks(held, cut.split_factor)

@@ -30,7 +30,7 @@ _SLOT_BYTES = 64 << 10
 HOST = torch.device("cpu")
 
 Suspects = Mapping[int, Mapping[str, Sequence[int]]]
-"""Portion number -> name -> blocks that differ from those of ranks with the same digest."""
+"""Portion number -> key -> blocks that differ from those of ranks with the same digest."""
 
 
 class Compared(NamedTuple):
@@ -126,7 +126,7 @@ def _compare(job: Job, holding: Holding, ranks: Ranks, *, is_fast: bool) -> dict
             device = some[0].tensor.device if some is on_device else HOST
             channel = job.channels.among(ranks, device)
             for segment in _differing_segments(channel, some, device, job.comm.rank):
-                blocks = found.setdefault(segment.item.name, [])
+                blocks = found.setdefault(segment.item.key, [])
                 blocks += (block for block in _blocks(segment) if block not in blocks)
     return found
 

@@ -6,11 +6,13 @@ Pure: whoever compares fills these in, and every rank that has the same reports 
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from forgather_ckpt.boxes import Box
 from forgather_ckpt.errors import ReplicaMismatch
 from forgather_ckpt.names import printable
+from forgather_ckpt.names import shown as shown_name
 from forgather_ckpt.patterns import ValidationLevel
 from forgather_ckpt.replication import describe
 from forgather_ckpt.topology import Ranks
@@ -70,6 +72,12 @@ class ElementDifference:
             reference_nan=self.reference_nan + other.reference_nan,
             reference_inf=self.reference_inf + other.reference_inf,
         )
+
+    def moved(self, corner: Sequence[int]) -> "ElementDifference":
+        """The same of a part that begins at `corner` of the item."""
+        if self.first_index is None or not corner:
+            return self
+        return replace(self, first_index=tuple(at + by for at, by in zip(self.first_index, corner, strict=True)))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -143,6 +151,8 @@ class ItemDifference:
     """One for each other state, in the order of their lowest ranks."""
     value: str | None = None
     """Of a value: the majority's, as it is shown to people."""
+    box: Box | None = None
+    """Of a part of a tensor: where it lies in it."""
 
     @property
     def minority(self) -> Ranks:
@@ -154,6 +164,7 @@ class ItemDifference:
             "kind": self.kind,
             "dtype": self.dtype,
             "shape": None if self.shape is None else list(self.shape),
+            **({} if self.box is None else {"box": [list(bounds) for bounds in self.box]}),
             "majority": list(self.majority),
             "value": self.value,
             "minorities": [copy.to_json() for copy in self.minorities],
@@ -289,7 +300,7 @@ def _set_text(report: ReplicationReport, difference: SetDifference) -> str:
 
 
 def _named_items(difference: SetDifference) -> str:
-    named = [f"{item.name!r}{_detail(item)}" for item in difference.items[:_NUM_NAMED_ITEMS]]
+    named = [f"{shown_name(item.name, item.box)!r}{_detail(item)}" for item in difference.items[:_NUM_NAMED_ITEMS]]
     more = difference.num_items - len(named)
     if not named:
         return f" in {_plural(more, 'item')}" if more else ""
@@ -340,7 +351,7 @@ def _set_lines(difference: SetDifference, width: int) -> list[str]:
     lines = _wrapped(f"{_shown(difference.entry, _MAX_ENTRY_CHARS)}: {sides}", 2, width)
     # half of a line for each of the two columns, and two spaces between them
     facts = [_cut(_facts(item), (width - 6) // 2) for item in shown]
-    names = [_shown(item.name, width - 6 - max(map(len, facts))) for item in shown]
+    names = [_shown(shown_name(item.name, item.box), width - 6 - max(map(len, facts))) for item in shown]
     column = max(map(len, names), default=0)
     for item, name, fact in zip(shown, names, facts, strict=True):
         lines.append(f"    {name:<{column}}  {fact}")

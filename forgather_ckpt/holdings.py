@@ -82,9 +82,8 @@ def _of_names(number: int, portion: Portion, state: State, wanted: Collection[st
     values = {name: item for name, item in state.values.items() if name in wanted}
     aliases = {name: item for name, item in state.aliases.items() if name in wanted}
     if portion.is_untied:
-        parts = state.parts()
         for alias in aliases.values():
-            for item in parts.get(alias.target) or [state.tensors[alias.target]]:
+            for item in state.tensor_parts(alias.target):
                 own = item._replace(name=alias.name, order=alias.order)
                 tensors[own.key] = own
         aliases = {}

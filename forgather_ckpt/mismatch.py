@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from forgather_ckpt import elements, memory
+from forgather_ckpt import elements, memory, names
 from forgather_ckpt.bytewise import HOST, Suspects
 from forgather_ckpt.differences import Copy, ElementDifference, ItemDifference, SetDifference
 from forgather_ckpt.digests import Blocks
@@ -43,6 +43,8 @@ class _Item(TypedDict):
     kind: str
     dtype: str | None
     shape: list[int] | None
+    box: list[list[int]] | None
+    """Of a part of a tensor: where it lies in it."""
     classes: list[list[int]]
     """The ranks with equal copies of this item; first the majority."""
     shown: list[str | None]
@@ -73,7 +75,7 @@ def locate(
     held, leaves, suspects = evidence.held, evidence.leaves, evidence.suspects
     speaking = {number: _speakers(verdict) for number, verdict in differing.items()}
     own = [number for number, ranks in speaking.items() if job.comm.rank in ranks]
-    names = {number: sorted(name for name, _, _ in leaves[number]) for number in own}
+    keys = {number: sorted(key for key, _, _ in leaves[number]) for number in own}
 
     def tell_leaves() -> dict[str, Any]:
         job.comm.beat()
@@ -87,7 +89,7 @@ def locate(
         return {
             str(number): [
                 _description(held[number], name, evidence.blocks[number], suspects.get(number, {}))
-                for name in (names[number][place] for place, _ in places[str(number)]["items"])
+                for name in (keys[number][place] for place, _ in places[str(number)]["items"])
             ]
             for number in own
         }
@@ -139,10 +141,11 @@ def _differing_places(
 
 
 def _description(holding: Holding, name: str, blocks: Blocks, suspects: Mapping[str, Sequence[int]]) -> list[Any]:
-    """Of a tensor: dtype, shape, block digests, and the blocks that only their bytes told apart."""
+    """Of a tensor: dtype, shape, block digests, the blocks that only their bytes told apart, and where a part lies."""
     if name in holding.tensors:
         item = holding.tensors[name]
-        return [name, "tensor", item.dtype, item.shape, b"".join(blocks[name]).hex(), list(suspects.get(name, ()))]
+        digests = b"".join(blocks[name]).hex()
+        return [name, "tensor", item.dtype, item.shape, digests, list(suspects.get(name, ())), item.box]
     if name in holding.values:
         return [name, "value", _shortened(holding.values[name].data.decode())]
     return [name, "alias", _shortened(holding.aliases[name].target)]
@@ -170,11 +173,21 @@ def _items(
             described = [columns[state_of[ranks[0]]][row] for ranks in classes]
             name, kind, *facts = described[0]
             items.append(
-                _Item(name=name, kind=kind, dtype=None, shape=None, classes=[], shown=[], blocks=[], is_suspect=False)
+                _Item(
+                    name=name,
+                    kind=kind,
+                    dtype=None,
+                    shape=None,
+                    box=None,
+                    classes=[],
+                    shown=[],
+                    blocks=[],
+                    is_suspect=False,
+                )
             )
             items[-1]["classes"] = [list(ranks) for ranks in classes]
             if kind == "tensor":
-                items[-1]["dtype"], items[-1]["shape"] = facts[:2]
+                items[-1]["dtype"], items[-1]["shape"], items[-1]["box"] = facts[0], facts[1], facts[4]
                 items[-1]["shown"] = [None] * len(classes)
                 items[-1]["is_suspect"] = len({one[4] for one in described}) == 1
                 num_measured += 1
@@ -254,6 +267,7 @@ def _measure_portion(job: Job, holding: Holding, ranks: Ranks, items: Sequence[_
                 measured = elements.measure(other, mine, str(item["dtype"]), tensor.shape, first)
                 total = total.merge(measured)
         if is_measured:
+            total = total.moved([start for start, _ in item["box"] or ()])
             rows.append([place, own, total.to_json()])
     return rows
 
@@ -280,7 +294,7 @@ def _difference(
 
 def _item_difference(place: int, item: _Item, measured: Measured) -> ItemDifference:
     return ItemDifference(
-        item["name"],
+        names.item_name(item["name"]),
         item["kind"],
         item["dtype"],
         None if item["shape"] is None else tuple(item["shape"]),
@@ -291,6 +305,7 @@ def _item_difference(place: int, item: _Item, measured: Measured) -> ItemDiffere
             if state > 0
         ),
         item["shown"][0],
+        None if item["box"] is None else tuple((start, stop) for start, stop in item["box"]),
     )
 
 

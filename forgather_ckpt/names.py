@@ -49,6 +49,11 @@ def item_name(key: str) -> str:
     return key.partition(PART_MARK)[0]
 
 
+def shown(name: str, box: Sequence[tuple[int, int]] | None) -> str:
+    """What to call an item, or the part of it in `box`: `w[0:4,8:16]`."""
+    return name if box is None else f"{name}[{box_text(box)}]"
+
+
 def box_text(box: Sequence[tuple[int, int]]) -> str:
     """A box as it is written in file keys and messages: `0:4,8:16`."""
     return ",".join(f"{start}:{stop}" for start, stop in box)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch.distributed as dist
 
-from forgather_ckpt import digest_log, digests, hashtree, structure
+from forgather_ckpt import digest_log, digests, hashtree, names, structure
 from forgather_ckpt.component import StateComponent
 from forgather_ckpt.digest_log import Column, Part
 from forgather_ckpt.digest_writer import LogWriter
@@ -267,10 +267,10 @@ def _leaves(key: str, state_dict: Mapping[str, Any], is_chosen: Chooses) -> Iter
             continue
         if isinstance(item, ValueItem):
             yield Column(key, item.name, None, None, hashtree.ALGORITHM), hashtree.digest(item.data)
-        else:
-            tensor = item if isinstance(item, TensorItem) else state.tensors[item.target]
-            column = Column(key, item.name, tensor.dtype, tensor.shape, digests.algorithm(tensor.tensor))
-            yield column, tensor
+            continue
+        for tensor in [item] if isinstance(item, TensorItem) else state.tensor_parts(item.target):
+            name = names.shown(item.name, tensor.box)
+            yield Column(key, name, tensor.dtype, tensor.shape, digests.algorithm(tensor.tensor)), tensor
 
 
 def _without_unchosen(state_dict: Any, is_chosen: Chooses) -> Any:

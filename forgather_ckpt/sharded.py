@@ -68,7 +68,7 @@ def _placement(placement: "Placement") -> Shard | None:
     if isinstance(placement, torch_types.Shard):
         return Shard(placement.dim)
     raise StructureError(
-        f"a DTensor with the placement {placement} cannot be checkpointed: no rank has its elements; redistribute it first"
+        f"a DTensor with the placement {placement!r} cannot be checkpointed: no rank has its elements; redistribute it first"
     )
 
 

@@ -141,13 +141,11 @@ class State:
         """The tensor of that name, whole or sharded; None where there is none."""
         return self.sharded.get(name) or self.tensors.get(name)
 
-    def parts(self) -> Mapping[str, list[TensorItem]]:
-        """The parts that this rank holds, by the names of their items."""
-        found: dict[str, list[TensorItem]] = {name: [] for name in self.sharded}
-        for item in self.tensors.values():
-            if item.box is not None:
-                found[item.name].append(item)
-        return found
+    def tensor_parts(self, name: str) -> list[TensorItem]:
+        """What this rank has of the tensor of that name: it, or some boxes of it."""
+        if name not in self.sharded:
+            return [self.tensors[name]]
+        return [item for item in self.tensors.values() if item.name == name]
 
     def table(self) -> list[list[Any]]:
         """What must be equal between copies besides the bytes, in the order of names: `[name, kind, …]` an item."""
