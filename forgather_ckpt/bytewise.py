@@ -61,6 +61,7 @@ def compare(job: Job, compared: Sequence[Holding], verdicts: Mapping[int, Verdic
     Every rank calls it with the same `verdicts`. Copies that the digests tell apart are not compared again.
     """
     started = time.perf_counter()
+    lead = {number: verdict.majority[0] for number, verdict in verdicts.items()}
 
     def links() -> dict[str, str]:
         return {str(one.number): _device_of(one) for one in compared if one.number in verdicts}
@@ -88,7 +89,7 @@ def compare(job: Job, compared: Sequence[Holding], verdicts: Mapping[int, Verdic
                 for place, ranks in enumerate(verdict.classes)
                 for rank in ranks
             }
-            told[str(number)] = [list(ranks) for ranks in vote(copies).classes]
+            told[str(number)] = [list(ranks) for ranks in vote(copies, lead.get(number)).classes]
         return {"classes": told, "seconds": time.perf_counter() - started}
 
     with job.channels.guard():

@@ -182,7 +182,7 @@ def _decide(
     for number in numbers:
         copies = {rank: reports[rank][str(number)] for rank in portions[number].holders}
         is_comparable = len({device_names for _, device_names, _ in copies.values()}) == 1
-        verdict = vote({rank: root for rank, (root, _, _) in copies.items()})
+        verdict = vote({rank: root for rank, (root, _, _) in copies.items()}, portions[number].lead)
         classes = [list(ranks) for ranks in verdict.classes] if is_comparable else []
         told[str(number)] = (classes, copies[portions[number].holders[0]][2])
     return told

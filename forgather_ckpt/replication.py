@@ -27,12 +27,13 @@ class Verdict:
         return len(self.classes) == 1
 
 
-def vote(copies: Mapping[int, Hashable]) -> Verdict:
-    """From what each rank has, a digest say: the majority's is the reference; in a tie, the lowest rank's."""
+def vote(copies: Mapping[int, Hashable], lead: int | None = None) -> Verdict:
+    """From what each rank has, a digest say: the majority's is the reference; in a tie that of `lead`, or where that is
+    not among them the lowest rank's."""
     holders: dict[Hashable, list[int]] = defaultdict(list)
     for rank in sorted(copies):
         holders[copies[rank]].append(rank)
-    majority = min(holders.values(), key=lambda ranks: (-len(ranks), ranks[0]))
+    majority = min(holders.values(), key=lambda ranks: (-len(ranks), lead not in ranks, ranks[0]))
     others = [ranks for ranks in holders.values() if ranks is not majority]
     return Verdict(tuple(tuple(ranks) for ranks in (majority, *others)))
 
