@@ -72,6 +72,12 @@ class Comparison:
             if holding.number in self.on_host or digests.is_on_host(holding.tensors[name])
         }
 
+    def device_blocks(self, holding: Holding) -> Blocks:
+        """The digests that are of the device's algorithm."""
+        on_host = self.host_blocks(holding)
+        known = self.blocks.get(holding.number, {})
+        return {key: blocks for key, blocks in known.items() if key not in on_host}
+
     def refuse_changed(self, held: Sequence[Holding]) -> None:
         """`CheckpointError` if a tensor on a device is no longer what was compared."""
         for holding in held:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
-from forgather_ckpt import hashtree
+from forgather_ckpt import hashtree, multilinear
 from forgather_ckpt.boxes import Box
 from forgather_ckpt.dtypes import ITEM_BYTES
 from forgather_ckpt.errors import FormatError
@@ -251,6 +251,19 @@ def logical_digest(tensor: StoredTensor) -> bytes | None:
     return hashtree.join([digest for row in pieces for digest in row.block_digests()])
 
 
+def device_digests(tensor: StoredTensor) -> list[bytes] | None:
+    """The block digests of the whole tensor by the algorithm of devices, if all of its parts lay on some when they were
+    written: their sums."""
+    if any(row.lanes is None and row.bounds[0] == 0 for row in tensor.rows):
+        return None
+    num_blocks = hashtree.num_blocks(tensor.num_elements * ITEM_BYTES[tensor.dtype])
+    added: list[list[bytes]] = [[] for _ in range(num_blocks)]
+    for lanes in (row.lanes for row in tensor.rows if row.lanes is not None):
+        for number, at in enumerate(range(0, len(lanes.digests), hashtree.DIGEST_BYTES)):
+            added[lanes.first + number].append(lanes.digests[at : at + hashtree.DIGEST_BYTES])
+    return [multilinear.total(parts) for parts in added]
+
+
 def compare_items(a: Item | None, b: Item | None) -> Change | None:
     """How two items of one name differ; None where they are equal."""
     if a is None or b is None:
@@ -272,6 +285,9 @@ def _compare_tensors(a: StoredTensor, b: StoredTensor) -> Change | None:
     our_pieces, their_pieces = _pieces(a), _pieces(b)
     if our_pieces.keys() == their_pieces.keys():  # cut alike, so each piece has its counterpart
         return None if our_pieces == their_pieces else Change.BYTES
+    our_sums, their_sums = device_digests(a), device_digests(b)
+    if our_sums is not None and their_sums is not None:
+        return None if our_sums == their_sums else Change.BYTES
     # whatever pieces are the same elements on both sides: one that differs is enough
     common = our_pieces.keys() & their_pieces.keys()
     return Change.BYTES if any(our_pieces[cut] != their_pieces[cut] for cut in common) else Change.UNKNOWN

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from forgather_ckpt import hashtree, paths, strict_json
-from forgather_ckpt.boxes import Box, rectangles, whole_box
+from forgather_ckpt.boxes import Box, rectangles, volume, whole_box
 from forgather_ckpt.dtypes import ITEM_BYTES
 from forgather_ckpt.errors import FormatError
 from forgather_ckpt.manifest import VERSION, check_version
@@ -18,6 +18,15 @@ from forgather_ckpt.strict_json import Fields
 FORMAT = "forgather_ckpt.index"
 MAX_BYTES = 1 << 30
 MAX_ITEMS = 100_000
+
+
+class Lanes(NamedTuple):
+    """What a part of a tensor adds to the block digests (`multilinear`) of the whole one."""
+
+    first: int
+    """The first block of the whole tensor that it has bytes of."""
+    digests: bytes
+    """16 bytes a block from there on."""
 
 
 class TensorRow(NamedTuple):
@@ -41,6 +50,8 @@ class TensorRow(NamedTuple):
     """The block digests of a piece of more than one block."""
     logical: bytes | None = None
     """The digest over the whole tensor, where the writer held it whole."""
+    lanes: Lanes | None = None
+    """Of the whole box, if the piece is the first of it, and the writer had it on a device."""
 
     @property
     def box_shape(self) -> tuple[int, ...]:
@@ -186,6 +197,7 @@ def _sparse(rows: Sequence[Any]) -> dict[str, Any]:
 
 def _entry_to_json(entry: IndexEntry) -> dict[str, Any]:
     rows = entry.tensors
+    lanes = _sparse([row.lanes and [row.lanes.first, row.lanes.digests.hex()] for row in rows])
     return {
         "component": entry.component,
         "entry": entry.entry,
@@ -202,6 +214,7 @@ def _entry_to_json(entry: IndexEntry) -> dict[str, Any]:
             "key": _sparse([row.key for row in rows]),
             "blocks": _sparse([b"".join(row.blocks).hex() or None for row in rows]),
             "logical": _sparse([row.logical and row.logical.hex() for row in rows]),
+            **({"lanes": lanes} if lanes else {}),
         },
         "values": {
             "name": [row.name for row in entry.values],
@@ -258,6 +271,7 @@ def _digests(joined: str) -> list[bytes]:
 
 def _tensor_rows(data: Fields, sizes: Mapping[str, int]) -> Iterator[TensorRow]:
     sparse = {key: data.mapping(key) for key in ("box", "range", "key", "blocks", "logical")}
+    all_lanes = data.optional_mapping("lanes")
     columns = _rows(
         data,
         data.texts("name"),
@@ -271,6 +285,7 @@ def _tensor_rows(data: Fields, sizes: Mapping[str, int]) -> Iterator[TensorRow]:
     for number, (name, order, dtype, shape, file, offset, digest) in enumerate(columns):
         at = str(number)
         box, bounds, logical = sparse["box"].get(at), sparse["range"].get(at), sparse["logical"].get(at)
+        lanes = all_lanes.get(at)
         row = TensorRow(
             name,
             order,
@@ -284,6 +299,7 @@ def _tensor_rows(data: Fields, sizes: Mapping[str, int]) -> Iterator[TensorRow]:
             key=sparse["key"].get(at),
             blocks=tuple(_digests(sparse["blocks"].get(at, ""))),
             logical=None if logical is None else _digests(logical)[0],
+            lanes=None if lanes is None else Lanes(lanes[0], bytes.fromhex(lanes[1])),
         )
         _check_row(row, sizes, data.where)
         yield row
@@ -315,6 +331,8 @@ def _check_row(row: TensorRow, sizes: Mapping[str, int], where: str) -> None:
             raise refuse(f"has a range {row.range} that is not inside its {count} elements")
     if not paths.is_safe_file_name(row.file) or row.file not in sizes:
         raise refuse(f"lies in the file {row.file!r}, which the manifest does not list")
+    if row.lanes is not None and not _fits(row.lanes, row):
+        raise refuse("has digests of blocks that are not the tensor's")
     if row.offset + row.num_bytes > sizes[row.file]:
         raise refuse(f"reaches beyond the end of {row.file!r}")
     if (
@@ -322,3 +340,9 @@ def _check_row(row: TensorRow, sizes: Mapping[str, int], where: str) -> None:
         or hashtree.join(row.block_digests()) != row.digest
     ):
         raise refuse("has block digests that do not make up its digest")
+
+
+def _fits(lanes: Lanes, row: TensorRow) -> bool:
+    count, rest = divmod(len(lanes.digests), hashtree.DIGEST_BYTES)
+    num_blocks = hashtree.num_blocks(ITEM_BYTES[row.dtype] * volume(whole_box(row.shape)))
+    return type(lanes.first) is int and rest == 0 and 0 <= lanes.first <= lanes.first + count <= num_blocks

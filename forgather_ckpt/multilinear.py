@@ -79,6 +79,17 @@ def add(parts: Iterable[Lanes]) -> Lanes:
     return first % PRIME, second % PRIME
 
 
+def length(num_bytes: int) -> Lanes:
+    """What so many bytes add by their number alone; a negative number takes it away again."""
+    first, second = (num_bytes * key % PRIME for key in length_keys())
+    return first, second
+
+
 def digest(lanes: Lanes) -> bytes:
-    """The digest of a block: 16 bytes."""
+    """The digest of a block, or what a part adds to it: 16 bytes."""
     return lanes[0].to_bytes(8, "big") + lanes[1].to_bytes(8, "big")
+
+
+def total(digests: Iterable[bytes]) -> bytes:
+    """The digest of a block from what all of its parts add to it."""
+    return digest(add((int.from_bytes(one[:8], "big"), int.from_bytes(one[8:], "big")) for one in digests))

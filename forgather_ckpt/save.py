@@ -17,6 +17,7 @@ from forgather_ckpt import (
     hashtree,
     index,
     inventory,
+    logical,
     names,
     paths,
     plan,
@@ -35,7 +36,7 @@ from forgather_ckpt.inventory import WriteReport
 from forgather_ckpt.job import Job
 from forgather_ckpt.manifest import CheckpointManifest, FileRecord, Validation
 from forgather_ckpt.patterns import ValidationLevel
-from forgather_ckpt.plan import Extent
+from forgather_ckpt.plan import Extent, Piece
 from forgather_ckpt.portions import Portion
 from forgather_ckpt.settle import Settlement, settle
 from forgather_ckpt.structure import collector_paused
@@ -225,15 +226,23 @@ def _assign(holding: Holding, content: _Content, comm: Comm) -> Assignment | Non
     excluded = set() if finding is None else set(finding.excluded)
     # what was not compared comes from one copy too
     dealt = [Extent(key, item.num_bytes) for key, item in holding.tensors.items() if key not in excluded]
+    is_first = comm.rank == writers[0]
+    owned = plan.deal(dealt, writers)[comm.rank]
+    if is_first:
+        owned += [Piece(key, 0, item.num_bytes) for key, item in holding.tensors.items() if key in excluded]
+    begun = [holding.tensors[piece.name] for piece in owned if piece.start == 0]
+    lanes = logical.lanes(begun, content.comparison.device_blocks(holding))
     blocks = content.comparison.host_blocks(holding)
     pieces = [
-        OwnedPiece(holding.tensors[piece.name], piece.start, piece.stop, blocks.get(piece.name))
-        for piece in plan.deal(dealt, writers)[comm.rank]
+        OwnedPiece(
+            holding.tensors[piece.name],
+            piece.start,
+            piece.stop,
+            blocks.get(piece.name),
+            lanes.get(piece.name) if piece.start == 0 else None,
+        )
+        for piece in owned
     ]
-    if comm.rank == writers[0]:
-        alone = (item for key, item in holding.tensors.items() if key in excluded)
-        pieces += [OwnedPiece(item, 0, item.num_bytes) for item in alone]
-    is_first = comm.rank == writers[0]
     if not pieces and not is_first:
         return None
     return Assignment(

@@ -106,6 +106,10 @@ class Fields:
     def mapping(self, key: str) -> dict[str, Any]:
         return self._get(key, dict)
 
+    def optional_mapping(self, key: str) -> dict[str, Any]:
+        """Empty where it is absent."""
+        return self.mapping(key) if key in self.data else {}
+
     def texts(self, key: str) -> list[str]:
         return self._list_of(key, str)
 

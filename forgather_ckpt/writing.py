@@ -18,7 +18,7 @@ from forgather_ckpt import container, files, hashtree, index, memory, names, pat
 from forgather_ckpt.container import Slot
 from forgather_ckpt.errors import CheckpointError
 from forgather_ckpt.hashtree import BLOCK_BYTES
-from forgather_ckpt.index import AliasRow, IndexEntry, TensorRow, ValueRow
+from forgather_ckpt.index import AliasRow, IndexEntry, Lanes, TensorRow, ValueRow
 from forgather_ckpt.structure import AliasItem, TensorItem, ValueItem
 
 SMALL_BYTES = 1 << 20
@@ -34,6 +34,8 @@ class OwnedPiece(NamedTuple):
     stop: int
     expected: tuple[bytes, ...] | None = None
     """Block digests of the whole item, where the replication check has taken them just before."""
+    lanes: Lanes | None = None
+    """What the whole item adds to the digests of its tensor, for the first piece of it."""
 
     @property
     def is_all(self) -> bool:
@@ -283,6 +285,7 @@ def _row(placed: _Placed, file: str, offset: int, blocks: Sequence[bytes]) -> Te
         key=None if placed.key == item.name else placed.key,
         blocks=tuple(blocks) if len(blocks) > 1 else (),
         logical=logical,
+        lanes=piece.lanes,
     )
 
 

@@ -430,12 +430,14 @@ def test_what_cannot_be_told_without_reading(fgckpt: Fgckpt, tmp_path: Path) -> 
         result = fgckpt(command, a, b)
         assert result.code == 2
         assert "1 tensor cannot be told to be equal or not without reading" in result.err
-        assert "add --tensors" in result.err
+        assert "add --logical" in result.err
+        assert fgckpt(command, a, b, "--logical").code == 1
     shown = fgckpt("diff", f"{a}@1", f"{b}@1")
     assert re.search(r"^model +1 +- +- +- +- +1$", shown.out, re.MULTILINE)
     assert "not known: 1 of 1 item of 1 component" in shown.out
     assert fgckpt("diff", f"{a}@1", f"{b}@1", "--json").data["equal"] is None
-    assert fgckpt("diff", f"{a}@1", f"{b}@1", "--tensors").out.endswith("equal: 1 item of 1 component\n")
+    for option in ("--tensors", "--logical"):
+        assert fgckpt("diff", f"{a}@1", f"{b}@1", option).out.endswith("equal: 1 item of 1 component\n")
     assert fgckpt("diff", a, c, "--tensors").code == 0
     result = fgckpt("diff", c, b, "--tensors", "--json")
     [difference] = result.data["differences"]
@@ -517,7 +519,7 @@ def test_tensors_cannot_be_read_without_torch(fgckpt: Fgckpt, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "torch", None)
     result = fgckpt("diff", tmp_path / "a", tmp_path / "b", "--tensors")
     assert result.code == 2
-    assert "--tensors needs torch and numpy, which cannot be imported here" in result.err
+    assert "reading tensors needs torch and numpy, which cannot be imported here" in result.err
 
 
 # ---- bisect

@@ -25,10 +25,11 @@ Pair = tuple[Checkpoint, Checkpoint]
 @click.argument("run_b", type=click.Path(file_okay=False, path_type=Path), metavar="RUN_B")
 @comparison.component_option
 @click.option("--all", "every", is_flag=True, help="Compare all common steps, and do not assume that runs stay apart.")
+@comparison.logical_option
 @click.option("--tensors", "with_tensors", is_flag=True, help="Read the tensors that differ first; tell how far apart.")
 @selection.json_option
 def bisect(
-    run_a: Path, run_b: Path, components: tuple[str, ...], every: bool, with_tensors: bool, as_json: bool
+    run_a: Path, run_b: Path, components: tuple[str, ...], every: bool, logical: bool, with_tensors: bool, as_json: bool
 ) -> int:
     """\b
     Example: fgckpt bisect runs/a runs/replay
@@ -48,7 +49,7 @@ def bisect(
         comparison.check_components(itertools.chain.from_iterable(pairs.values()), components)
 
         def is_equal(step: int) -> bool:
-            found, _ = _compare(pairs[step], components, read_unknown=with_tensors, read_all=False)
+            found, _ = _compare(pairs[step], components, read_unknown=logical or with_tensors, read_all=False)
             if not found.is_equal and not found.is_different:
                 comparison.verdict(found, f"step {step}: ")
             return found.is_equal
@@ -56,7 +57,7 @@ def bisect(
         result = (parting.find_in_all if every else parting.find)(list(pairs), is_equal)
         first = result.first_different
         parted = (
-            None if first is None else _compare(pairs[first], components, read_unknown=False, read_all=with_tensors)
+            None if first is None else _compare(pairs[first], components, read_unknown=logical, read_all=with_tensors)
         )
     only = sorted(ours.keys() - pairs.keys()), sorted(theirs.keys() - pairs.keys())
     if as_json:

@@ -26,6 +26,11 @@ def component_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+logical_option = click.option(
+    "--logical", is_flag=True, help="Read the tensors that were cut for other ranks, of which no digests tell."
+)
+
+
 @click.command("diff", short_help="Tell which items differ between two checkpoints.")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
@@ -34,11 +39,21 @@ def component_option(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--tensors", "with_tensors", is_flag=True, help="Read the tensors that differ; tell how far apart they are."
 )
+@logical_option
 @click.option(
     "--all", "every", is_flag=True, help=f"List all items that differ, not the first {differences.NUM_SHOWN}."
 )
 @selection.json_option
-def diff(a: str, b: str, run: Path, components: tuple[str, ...], with_tensors: bool, every: bool, as_json: bool) -> int:
+def diff(
+    a: str,
+    b: str,
+    run: Path,
+    components: tuple[str, ...],
+    with_tensors: bool,
+    logical: bool,
+    every: bool,
+    as_json: bool,
+) -> int:
     """\b
     Examples:
       fgckpt diff 100 200 -d runs/a
@@ -57,6 +72,8 @@ def diff(a: str, b: str, run: Path, components: tuple[str, ...], with_tensors: b
         deltas: Deltas = {}
         if with_tensors:
             found, deltas = measured(one, other, found)
+        elif logical:
+            found, _ = measured(one, other, found, only={Change.UNKNOWN})
     if as_json:
         selection.write_json("fgckpt.diff/1", differences.data(one, other, found, deltas))
     else:
@@ -73,7 +90,7 @@ def verdict(found: Comparison, where: str = "") -> int:
     num_unknown = sum(component.count(Change.UNKNOWN) for component in found.components)
     raise sides.Incomparable(
         f"{where}{text.plural(num_unknown, 'tensor')} cannot be told to be equal or not without reading: they were cut into "
-        "other pieces in A than in B; add --tensors"
+        "other pieces in A than in B; add --logical"
     )
 
 
@@ -92,15 +109,21 @@ def _side(checkpoint: Checkpoint) -> Side:
     return Side(checkpoint.manifest, functools.partial(catalog.read_index, checkpoint.path, checkpoint.manifest))
 
 
-def measured(a: Checkpoint, b: Checkpoint, found: Comparison) -> tuple[Comparison, Deltas]:
+def measured(
+    a: Checkpoint, b: Checkpoint, found: Comparison, only: Collection[Change] = tuple(Change)
+) -> tuple[Comparison, Deltas]:
     """Read the tensors that differ, or may. What only the bytes could tell is known after it."""
     try:
         from forgather_ckpt import deltas  # torch and numpy, for those who ask only
     except ImportError as err:
-        raise click.UsageError(f"--tensors needs torch and numpy, which cannot be imported here: {err}") from err
+        raise click.UsageError(f"reading tensors needs torch and numpy, which cannot be imported here: {err}") from err
 
     read: dict[tuple[str, str, str], Delta] = {}
-    to_read = [(difference, pair) for difference in found.differences if (pair := difference.tensors) is not None]
+    to_read = [
+        (difference, pair)
+        for difference in found.differences
+        if (pair := difference.tensors) and difference.change in only
+    ]
     with _progress(len(to_read)) as advance:
         for difference, (one, other) in to_read:
             read[_place(difference)] = deltas.measure(difference.component, (a.path, one), (b.path, other))
