@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from forgather_ckpt.errors import CheckpointError, CheckpointNotFound, ReplicaMismatch
     from forgather_ckpt.load import LoadReport
     from forgather_ckpt.manifest import CheckpointManifest
+    from forgather_ckpt.opened import OpenCheckpoint, load_component, open_checkpoint
     from forgather_ckpt.optimizer import NamedOptimizer
     from forgather_ckpt.patterns import SharingPattern, ValidationLevel
     from forgather_ckpt.recorder import DigestRecorder
     from forgather_ckpt.rng import RNGState
     from forgather_ckpt.topology import Topology
+    from forgather_ckpt.warm_start import WarmStartReport
 
 _MODULES = {
     "CheckpointCoordinator": "coordinator",
@@ -27,6 +29,7 @@ _MODULES = {
     "DigestRecorder": "recorder",
     "LoadReport": "load",
     "NamedOptimizer": "optimizer",
+    "OpenCheckpoint": "opened",
     "RNGState": "rng",
     "ReplicaMismatch": "errors",
     "ReplicationReport": "differences",
@@ -35,6 +38,9 @@ _MODULES = {
     "Target": "component",
     "Topology": "topology",
     "ValidationLevel": "patterns",
+    "WarmStartReport": "warm_start",
+    "load_component": "opened",
+    "open_checkpoint": "opened",
 }
 
 __all__ = [
@@ -45,6 +51,7 @@ __all__ = [
     "DigestRecorder",
     "LoadReport",
     "NamedOptimizer",
+    "OpenCheckpoint",
     "RNGState",
     "ReplicaMismatch",
     "ReplicationReport",
@@ -53,6 +60,9 @@ __all__ = [
     "Target",
     "Topology",
     "ValidationLevel",
+    "WarmStartReport",
+    "load_component",
+    "open_checkpoint",
 ]
 
 

@@ -6,7 +6,7 @@ this rank holds are filled, from whatever parts were stored.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,22 @@ class Stored:
             kept[name] = [row._replace(name=name, order=alias.order) for row in self.tensors[alias.target]]
         return Stored(self.component, kept, {name: row for name, row in self.values.items() if name in wanted}, aliases)
 
+    def rows_of(self, name: str) -> Sequence[TensorRow] | None:
+        """The pieces of the tensor that has this name, or this second name; None where it is a value."""
+        return self.tensors.get(self.aliases[name].target if name in self.aliases else name)
+
+    def renamed(self, names: Mapping[str, str]) -> "Stored":
+        """The same items, each under the name that `names` has for its own."""
+        return Stored(
+            self.component,
+            {names[name]: [row._replace(name=names[name]) for row in rows] for name, rows in self.tensors.items()},
+            {names[name]: row._replace(name=names[name]) for name, row in self.values.items()},
+            {
+                names[name]: row._replace(name=names[name], target=names[row.target])
+                for name, row in self.aliases.items()
+            },
+        )
+
 
 def gather(component: str, parts: Sequence[IndexEntry]) -> Stored:
     """Join what the writers stored of one entry; `FormatError` where it does not make up whole items."""
@@ -70,13 +86,24 @@ def gather(component: str, parts: Sequence[IndexEntry]) -> Stored:
     )
 
 
+def content_of(rows: Sequence[TensorRow]) -> bytes:
+    """What is equal for stored tensors of equal bytes, unless they were cut differently."""
+    return b"".join(row.digest for row in rows) if rows[0].logical is None else rows[0].logical
+
+
 @dataclass
 class Assembly:
     """A state dict in the making: `wanted` says what to read where; when that is done, `state_dict` returns it."""
 
     wanted: list[Wanted] = field(default_factory=list)
+    made: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    """By name the dtype and shape of the tensors that are read."""
     _leaves: list[tuple[int, str, Any]] = field(default_factory=list)
     _copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def add(self, order: int, name: str, leaf: Any) -> None:
+        """A leaf that is not read."""
+        self._leaves.append((order, name, leaf))
 
     def state_dict(self) -> dict[Any, Any]:
         """The state dict, after the bytes have been read. Called once: it hands its tensors over."""
@@ -87,25 +114,33 @@ class Assembly:
 
 
 def assemble(
-    stored: Stored, live: State | None, targets: Mapping[str, Target | None], *, staged: bool = False
+    stored: Stored,
+    live: State | None,
+    targets: Mapping[str, Target | None],
+    *,
+    staged: bool = False,
+    cast: bool = False,
 ) -> Assembly:
     """Plan the state dict of `stored`. With `staged`, nothing is read into live memory.
 
-    `LoadMismatch` where a live tensor, that no target replaces, has another dtype or shape than the stored one.
+    `LoadMismatch` where a live tensor, that no target replaces, has another dtype or shape than the stored one; with
+    `cast` only where it has another shape.
     """
     assembly = Assembly()
     tensors: dict[str, torch.Tensor] = {}
     for name, rows in stored.tensors.items():
         if name in targets and targets[name] is None:
             continue
-        tensors[name] = _place(assembly, stored.component, rows, live, targets.get(name), staged=staged)
-        assembly._leaves.append((rows[0].order, name, tensors[name]))
+        tensor = _place(assembly, stored.component, rows, live, targets.get(name), staged=staged, cast=cast)
+        tensors[name] = tensor
+        assembly.made[name] = structure.dtype_name(tensor.dtype), rows[0].shape
+        assembly.add(rows[0].order, name, tensor)
     for name, value in stored.values.items():
         if name not in targets or targets[name] is not None:
-            assembly._leaves.append((value.order, name, values.decode(value.value)))
+            assembly.add(value.order, name, values.decode(value.value))
     for name, alias in stored.aliases.items():
         if alias.target in tensors:
-            assembly._leaves.append((alias.order, name, tensors[alias.target]))
+            assembly.add(alias.order, name, tensors[alias.target])
     return assembly
 
 
@@ -117,13 +152,16 @@ def _place(
     target: Target | None,
     *,
     staged: bool,
+    cast: bool,
 ) -> torch.Tensor:
     """The tensor that will be in the state dict, with its pieces' destinations noted."""
     first = rows[0]
     dtype = getattr(torch, first.dtype)
     existing = live.tensor_item(first.name) if live is not None and target is None else None
     if existing is not None:
-        if (existing.dtype, existing.shape) != (first.dtype, first.shape):
+        if cast:
+            dtype = existing.tensor.dtype
+        if (structure.dtype_name(dtype), first.shape) != (existing.dtype, existing.shape):
             raise LoadMismatch(
                 f"component {component!r}: {first.name!r} is {first.dtype} {list(first.shape)} in the checkpoint and "
                 f"{existing.dtype} {list(existing.shape)} in the job; build the job as it was saved, or give the stateful "
@@ -131,9 +169,8 @@ def _place(
                 component=component,
             )
         dtensor = existing.tensor if isinstance(existing, ShardedItem) else existing.dtensor
-        if (
-            dtensor is not None
-        ):  # which its stateful expects; so with `staged`, the copy waits until that gets its state
+        if dtensor is not None:
+            # its stateful expects a DTensor; so with `staged`, the copy waits until that gets its state
             _fill(assembly, component, rows, _regions(existing), staged=staged)
             return dtensor
         if not staged and _is_dense(existing.tensor):
@@ -165,14 +202,20 @@ def _fill(
             buffer = torch.empty(region.tensor.shape, dtype=region.tensor.dtype)
             assembly._copies.append((region.tensor, buffer))
             region = Region(region.box, buffer)
-        flat = flat_bytes(region.tensor) if is_flat(region.tensor) else None
-        for row in rows:
-            box = whole_box(row.shape) if row.box is None else row.box
-            if box == region.box and flat is not None:
-                start, stop = row.bounds
-                assembly.wanted.append(Wanted(component, row, flat[start:stop]))
-            elif overlap(box, region.box) is not None:
-                assembly.wanted.append(Wanted(component, row, region))
+        assembly.wanted += destinations(component, rows, region)
+
+
+def destinations(component: str, rows: Sequence[TensorRow], region: Region) -> Iterator[Wanted]:
+    """Which pieces of a stored tensor fill a region of it, and where each goes."""
+    is_alike = structure.dtype_name(region.tensor.dtype) == rows[0].dtype
+    flat = flat_bytes(region.tensor) if is_alike and is_flat(region.tensor) else None
+    for row in rows:
+        box = whole_box(row.shape) if row.box is None else row.box
+        if box == region.box and flat is not None:
+            start, stop = row.bounds
+            yield Wanted(component, row, flat[start:stop])
+        elif overlap(box, region.box) is not None:
+            yield Wanted(component, row, region)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

@@ -17,6 +17,7 @@ from forgather_ckpt.errors import DeclarationError
 from forgather_ckpt.job import Job
 from forgather_ckpt.lease import Lease
 from forgather_ckpt.load import LoadReport, Torn, load, refuse_torn, torn_error
+from forgather_ckpt.matching import Patterns, Rename, Rules
 from forgather_ckpt.patterns import ValidationLevel
 from forgather_ckpt.prepare import Request as LoadRequest
 from forgather_ckpt.save import Request as SaveRequest
@@ -25,6 +26,8 @@ from forgather_ckpt.structure import collector_paused
 from forgather_ckpt.topology import Topology
 from forgather_ckpt.validate import Request as ValidationRequest
 from forgather_ckpt.validate import validate
+from forgather_ckpt.warm_start import Request as StartRequest
+from forgather_ckpt.warm_start import WarmStartReport, warm_start
 
 _DEFAULT_TIMEOUT_SECONDS = 600.0
 _MAX_TIMEOUT_SECONDS = 1e9
@@ -161,6 +164,41 @@ class CheckpointCoordinator:
             raise torn_error(torn) from torn.error.__cause__
         self._torn = tuple(key for key in self._torn if key not in report.loaded)
         self._parent = {"step": report.step, "sequence": report.sequence, "digest": report.digest}
+        return report
+
+    def warm_start(
+        self,
+        path: str | Path,
+        components: Sequence[str] = ("model",),
+        *,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
+        rename: Rename | None = None,
+        cast: bool = False,
+        missing: Literal["error", "keep"] = "error",
+    ) -> WarmStartReport:
+        """Start from some state of a checkpoint, of this run or another; all else stays as it is, and it is no resume.
+
+        >>> coordinator.warm_start("runs/base@latest", include="encoder.*", rename={"backbone.": "encoder."}, cast=True)
+
+        `path`: a checkpoint, `RUN@SELECTOR`, or a run directory, whose newest one it is. `include` and `exclude` are
+        shell patterns of the job's item names. `rename`: `{old prefix: new prefix}`, from names in the checkpoint to
+        names in the job, or a function of the whole name. `cast=True` converts tensors of another floating-point dtype
+        to that of the job's. `missing="keep"` leaves what the checkpoint lacks as it is. The report names every item
+        that was renamed, cast, kept or ignored. What does not fit is a `LoadMismatch`, and nothing has changed then.
+        """
+        job = self._job
+        try:
+            request = StartRequest.of(path, components, include, exclude, rename=rename, cast=cast, missing=missing)
+        except DeclarationError as err:
+            job, request = replace(job, source=_Refused(err)), StartRequest("", (), Rules())
+        try:
+            report = warm_start(job, request)
+        except Torn as torn:
+            self._torn = tuple(dict.fromkeys((*self._torn, *torn.touched)))
+            raise torn_error(torn) from torn.error.__cause__
+        whole = {key for key, start in report.components.items() if not start.kept}
+        self._torn = tuple(key for key in self._torn if key not in whole)
         return report
 
     def validate_replication(

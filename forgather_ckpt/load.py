@@ -5,15 +5,15 @@ checkpoint was ours, the next older one is loaded over it, otherwise the error s
 """
 
 import logging
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from forgather_ckpt import catalog, files, paths, reading, resume
+from forgather_ckpt import choice, reading
 from forgather_ckpt.comm import Comm
-from forgather_ckpt.component import StateComponent
+from forgather_ckpt.component import StateComponent, StateDict
 from forgather_ckpt.declarations import declare
 from forgather_ckpt.errors import (
     CheckpointDamaged,
@@ -22,10 +22,9 @@ from forgather_ckpt.errors import (
     FormatError,
     StorageError,
     TornState,
-    UnsupportedVersion,
 )
 from forgather_ckpt.job import Job
-from forgather_ckpt.prepare import Live, Request, give, prepare, resize
+from forgather_ckpt.prepare import Live, Recipe, Request, give, prepare, resize
 from forgather_ckpt.settle import capture_live
 from forgather_ckpt.structure import State
 
@@ -84,7 +83,7 @@ def load(job: Job, request: Request) -> LoadReport:
     comm.begin_operation(f"{wanted}")
     components = declare(comm, job.topology, job.source, wanted)
     candidates = comm.agree("choosing a checkpoint", lambda: None, lambda _: _choose(job.run, request.which))
-    live = _take_live(comm, components, request)
+    live = take_live(comm, components, request.components)
     passed_over: list[tuple[Path, str]] = []
     torn: Torn | None = None
     for path, digest in candidates:
@@ -134,41 +133,13 @@ def _refuse_leftovers(comm: Comm, torn: Torn, report: LoadReport) -> None:
 
 def _choose(run: Path, which: str | int | Path | None) -> list[list[str]]:
     """Rank 0's choice: paths and manifest digests of the checkpoints to try, in order."""
-    if isinstance(which, Path) or (isinstance(which, str) and not resume.is_selector(which)):
-        if isinstance(which, str) and os.sep not in which and not Path(which).is_dir():
-            raise CheckpointNotFound(f"{which!r} selects no checkpoint; use 'latest', 'latest~1', a step, or a path")
-        with files.typed_errors(Path(which), "looking for the checkpoint"):
-            found = [catalog.read_checkpoint(Path(which).resolve())]
-        return [[str(found[0].path), found[0].manifest.digest]]
-    with files.typed_errors(run, "looking for checkpoints"):
-        scanned = catalog.scan(run)
-    by_path = {checkpoint.path: checkpoint for checkpoint in scanned.checkpoints}
-    for rejected in scanned.rejected:
-        logger.warning("%s is not a committed checkpoint: %s", rejected.path, rejected.reason)
-        if isinstance(rejected.error, UnsupportedVersion):
-            raise rejected.error  # perhaps the newest one; an older one must not be taken for it
-    if scanned.rejected and not scanned.checkpoints:
-        # "none" would be an invitation to start afresh, over them
-        raise CheckpointDamaged(
-            f"none of the {len(scanned.rejected)} checkpoints in {run} is whole; {scanned.rejected[0].path.name}: "
-            f"{scanned.rejected[0].reason}",
-            path=str(scanned.rejected[0].path),
-        )
-    try:
-        chosen = resume.choose([checkpoint.candidate for checkpoint in scanned.checkpoints], which)
-    except CheckpointNotFound as err:
-        asked = str(which).removeprefix("step:")
-        for rejected in scanned.rejected:
-            if asked.isdigit() and rejected.path.name == paths.checkpoint(int(asked)):
-                raise CheckpointDamaged(f"{err.message}; {rejected.path} is not whole: {rejected.reason}") from err
-        raise
-    return [[str(one.path.resolve()), by_path[one.path].manifest.digest] for one in chosen]
+    return [[str(one.path.resolve()), one.manifest.digest] for one in choice.candidates(run, which)]
 
 
-def _take_live(comm: Comm, components: Sequence[StateComponent], request: Request) -> Live:
-    """The live state of the components that are to be loaded. An optional one that fails on some rank is left out on
+def take_live(comm: Comm, components: Sequence[StateComponent], keys: Collection[str] | None) -> Live:
+    """The live state of the components in `keys`, or of all. An optional one that fails on some rank is left out on
     all."""
-    wanted = [one for one in components if request.components is None or one.key in request.components]
+    wanted = [one for one in components if keys is None or one.key in keys]
     states: dict[str, State] = {}
 
     def take() -> dict[str, str]:
@@ -183,22 +154,9 @@ def _take_live(comm: Comm, components: Sequence[StateComponent], request: Reques
 
 
 def _load_one(job: Job, request: Request, live: Live, path: Path, digest: str) -> LoadReport:
-    comm = job.comm
-    only = comm.together("preparing the load", lambda: prepare(job, request, live, path, digest))
-
-    def read() -> None:
-        wanted = [want for recipe in only.recipes if not recipe.is_resized for want in recipe.wanted]
-        reading.read(path, wanted, on_progress=comm.beat)
-
-    resized = comm.together("resizing", lambda: resize(only.recipes, path, job))
-    if request.staged:
-        comm.agree("reading the checkpoint", read)
-    try:
-        if not request.staged:
-            comm.agree("reading the checkpoint", read)
-        comm.agree("loading the checkpoint", lambda: give(only.recipes, resized))
-    except BaseException as err:
-        raise Torn(err, [recipe.component.key for recipe in only.recipes], only.chosen) from err
+    only = job.comm.together("preparing the load", lambda: prepare(job, request, live, path, digest))
+    resized = job.comm.together("resizing", lambda: resize(only.recipes, path, job))
+    apply(job.comm, path, only.recipes, only.chosen, resized=resized, staged=request.staged)
     for key, reason in only.skipped.items():
         logger.warning("component %r was not loaded: %s", key, reason)
     manifest = only.manifest
@@ -212,6 +170,32 @@ def _load_one(job: Job, request: Request, live: Live, path: Path, digest: str) -
         skipped=only.skipped,
         metrics=manifest.metrics,
     )
+
+
+def apply(
+    comm: Comm,
+    path: Path,
+    recipes: Sequence[Recipe],
+    chosen: Sequence[str],
+    *,
+    resized: Mapping[str, StateDict] = MappingProxyType({}),
+    staged: bool = False,
+) -> None:
+    """The second step: read what the recipes want, and give the components, on all ranks those in `chosen`, their
+    states, or those in `resized`. `Torn` where it fails after touching them."""
+
+    def read() -> None:
+        wanted = [want for recipe in recipes if not recipe.is_resized for want in recipe.wanted]
+        reading.read(path, wanted, on_progress=comm.beat)
+
+    if staged:
+        comm.agree("reading the checkpoint", read)
+    try:
+        if not staged:
+            comm.agree("reading the checkpoint", read)
+        comm.agree("loading the checkpoint", lambda: give(recipes, resized))
+    except BaseException as err:
+        raise Torn(err, [recipe.component.key for recipe in recipes], chosen) from err
 
 
 def torn_error(torn: Torn) -> BaseException:

@@ -4,21 +4,22 @@ And the last: to give the states to the statefuls, and to see what they made of 
 """
 
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from forgather_ckpt import catalog, reading, structure
-from forgather_ckpt.assembly import Assembly, Stored, assemble, gather
+from forgather_ckpt import reading, structure
+from forgather_ckpt.assembly import Assembly, Stored, assemble, content_of
 from forgather_ckpt.component import ChoosesTargets, StateComponent, StateDict, Target
 from forgather_ckpt.entries import Resize, check_pattern, entry_for
-from forgather_ckpt.errors import CheckpointError, FormatError, LoadMismatch, StorageError
-from forgather_ckpt.index import Index, IndexEntry
+from forgather_ckpt.errors import CheckpointError, LoadMismatch, StorageError
 from forgather_ckpt.job import Job
+from forgather_ckpt.library import Library
 from forgather_ckpt.manifest import CheckpointManifest
+from forgather_ckpt.matching import some_of
 from forgather_ckpt.portions import ENTRY_OF_ALL
 from forgather_ckpt.reading import Wanted
 from forgather_ckpt.replication import describe
@@ -27,8 +28,6 @@ from forgather_ckpt.structure import State
 from forgather_ckpt.topology import sets_of
 
 logger = logging.getLogger(__name__)
-
-_NUM_NAMED_ITEMS = 5
 
 
 @dataclass(frozen=True)
@@ -113,12 +112,10 @@ class Prepared:
 
 def prepare(job: Job, request: Request, live: Live, path: Path, digest: str) -> Prepared:
     """Read and check all but the tensors' bytes; touches nothing live. `digest` is that of rank 0's manifest."""
-    manifest = CheckpointManifest.load(path)
-    if manifest.digest != digest:
-        raise StorageError(f"the manifest at {path} is not the one that rank 0 read; is the directory shared?")
+    library = open_library(path, digest)
+    manifest = library.manifest
     skipped: dict[str, str] = {}
     chosen = _match(live, manifest, request, skipped)
-    library = _Library(path, manifest)
     recipes = []
     for component in chosen:
         job.comm.beat()
@@ -127,16 +124,23 @@ def prepare(job: Job, request: Request, live: Live, path: Path, digest: str) -> 
             recipe = _recipe(job, component, state, library, skipped, staged=request.staged)
             if recipe is not None:
                 recipes.append(recipe)
-    _refuse_shared_memory(recipes, live)
+    refuse_shared_memory(recipes, live)
     return Prepared(manifest, recipes, [component.key for component in chosen], skipped)
+
+
+def open_library(path: Path, digest: str) -> Library:
+    """The indexes of the checkpoint that rank 0 has chosen, whose manifest has this digest."""
+    manifest = CheckpointManifest.load(path)
+    if manifest.digest != digest:
+        raise StorageError(f"the manifest at {path} is not the one that rank 0 read; is the directory shared?")
+    return Library(path, manifest)
 
 
 def _match(live: Live, manifest: CheckpointManifest, request: Request, skipped: dict[str, str]) -> list[StateComponent]:
     """The job's components that the checkpoint has; `LoadMismatch` where the two do not fit."""
     declared = {component.key: component for component in live.components}
     if request.components is not None:
-        if unknown := sorted(set(request.components) - set(declared)):
-            raise LoadMismatch(f"components={unknown} are not declared by the job; declared: {sorted(declared)}")
+        check_declared(request.components, live)
         declared = {key: component for key, component in declared.items() if key in request.components}
     chosen = []
     for key, component in declared.items():
@@ -174,38 +178,8 @@ def _match(live: Live, manifest: CheckpointManifest, request: Request, skipped: 
     return chosen
 
 
-class _Library:
-    """The indexes of a checkpoint, each read and verified once, when an entry of it is asked for."""
-
-    def __init__(self, path: Path, manifest: CheckpointManifest) -> None:
-        self.manifest = manifest
-        self._path = path
-        self._indexes: dict[str, Index] = {}
-
-    def entry(self, component: str, entry: str) -> Stored:
-        parts: list[IndexEntry] = []
-        for name, pairs in self.manifest.indexes.items():
-            if (component, entry) in pairs:
-                found = self._read(name).entries
-                parts += [part for part in found if (part.component, part.entry) == (component, entry)]
-        stored = gather(component, parts)
-        expected = self.manifest.components[component].entries[entry]
-        if len(stored.names) != expected.num_items:
-            raise FormatError(
-                f"component {component!r}, entry {entry!r}: {len(stored.names)} items in the indexes, "
-                f"{expected.num_items} in the manifest",
-                component=component,
-            )
-        return stored
-
-    def _read(self, name: str) -> Index:
-        if name not in self._indexes:
-            self._indexes[name] = catalog.read_index(self._path, self.manifest, name)
-        return self._indexes[name]
-
-
 def _recipe(
-    job: Job, component: StateComponent, live: State, library: _Library, skipped: dict[str, str], *, staged: bool
+    job: Job, component: StateComponent, live: State, library: Library, skipped: dict[str, str], *, staged: bool
 ) -> Recipe | None:
     manifest = library.manifest
     record = manifest.components[component.key]
@@ -252,7 +226,14 @@ def _recipe(
     return Recipe(component, [whole], [assemble(whole, live, targets, staged=staged)], False, manifest)
 
 
-def _refuse_shared_memory(recipes: Sequence[Recipe], live: Live) -> None:
+def check_declared(keys: Collection[str], live: Live) -> None:
+    """`LoadMismatch` where the job declares no component of one of the `keys`."""
+    declared = {component.key for component in live.components}
+    if unknown := sorted(set(keys) - declared):
+        raise LoadMismatch(f"components={unknown} are not declared by the job; declared: {sorted(declared)}")
+
+
+def refuse_shared_memory(recipes: Sequence[Recipe], live: Live) -> None:
     """Names that are one tensor in the job must not be two different ones in the checkpoint: the last would win."""
     owners: dict[Hashable, tuple[str, bytes]] = {}
     for recipe in recipes:
@@ -264,7 +245,7 @@ def _refuse_shared_memory(recipes: Sequence[Recipe], live: Live) -> None:
             if item is None or (memory := structure.memory_of(item.tensor)) is None:
                 continue
             told = f"{name!r} of component {recipe.component.key!r}"
-            content = b"".join(row.digest for row in rows) if rows[0].logical is None else rows[0].logical
+            content = content_of(rows)
             owner, known = owners.setdefault(memory, (told, content))
             if known != content:
                 raise LoadMismatch(
@@ -282,12 +263,10 @@ def _check_module(component: StateComponent, stored: Stored, live: State) -> Non
         ("in the job's module but not in the checkpoint", names - stored.names),
     ):
         if difference:
-            shown = ", ".join(repr(name) for name in sorted(difference)[:_NUM_NAMED_ITEMS])
-            more = f" and {len(difference) - _NUM_NAMED_ITEMS} more" if len(difference) > _NUM_NAMED_ITEMS else ""
             wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in difference)
             hint = ", and declare the module inside DDP or torch.compile, not the wrapper" if wrapped else ""
             raise LoadMismatch(
-                f"component {component.key!r}: {shown}{more} {what}; build the model as it was saved{hint}",
+                f"component {component.key!r}: {some_of(difference)} {what}; build the model as it was saved{hint}",
                 component=component.key,
             )
 
@@ -328,11 +307,11 @@ def _check_restored(recipes: Sequence[Recipe]) -> None:
         live = states[recipe.component.key]
         if recipe.is_resized:
             continue
-        for name, rows in recipe.stored[0].tensors.items():
+        for name, (dtype, shape) in recipe.assemblies[0].made.items():
             item = live.tensor_item(name)
-            if item is not None and (item.dtype, item.shape) != (rows[0].dtype, rows[0].shape):
+            if item is not None and (item.dtype, item.shape) != (dtype, shape):
                 raise LoadMismatch(
-                    f"component {recipe.component.key!r}: {name!r} was saved as {rows[0].dtype} {list(rows[0].shape)}, but "
+                    f"component {recipe.component.key!r}: {name!r} was saved as {dtype} {list(shape)}, but "
                     f"load_state_dict() made {item.dtype} {list(item.shape)} of it; wrap optimizers in NamedOptimizer, "
                     "which keeps dtypes",
                     component=recipe.component.key,

@@ -33,16 +33,20 @@ class Region(NamedTuple):
 class Wanted(NamedTuple):
     """One stored piece and where it goes.
 
-    `destination` is 1-D uint8 of the piece's length, on any device; or a region which has some of its elements.
+    `destination` is 1-D uint8 of the piece's length, on any device; or a region which has some of its elements, and
+    into whose dtype they are converted; or None, for bytes that are verified only.
     """
 
     component: str
     row: TensorRow
-    destination: torch.Tensor | Region
+    destination: torch.Tensor | Region | None
 
     @property
-    def device(self) -> torch.device:
-        return self.destination.tensor.device if isinstance(self.destination, Region) else self.destination.device
+    def is_on_host(self) -> bool:
+        if self.destination is None:
+            return True
+        tensor = self.destination.tensor if isinstance(self.destination, Region) else self.destination
+        return tensor.device.type == "cpu"
 
     def wants(self, number: int) -> bool:
         """Whether any byte of the piece's block of that number goes anywhere."""
@@ -51,11 +55,18 @@ class Wanted(NamedTuple):
         return any(overlap(one, self.destination.box) for one in self.row.rectangles(number))
 
 
-def read(directory: Path, wanted: Sequence[Wanted], *, on_progress: Callable[[], None] = lambda: None) -> None:
+def read(
+    directory: Path,
+    wanted: Sequence[Wanted],
+    *,
+    verify: bool = True,
+    on_progress: Callable[[], None] = lambda: None,
+) -> None:
     """Fill the destinations of all `wanted` pieces from the files of a checkpoint.
 
     `CheckpointDamaged` at the first block that does not have its digest, or that is not there; some destinations
-    are filled by then, none with bytes that were not verified. `StorageError` where the file system fails.
+    are filled by then, none with bytes that were not verified. `StorageError` where the file system fails. Without
+    `verify` only what is not there is found.
     """
     by_file: dict[str, list[Wanted]] = {}
     for one in wanted:
@@ -74,21 +85,21 @@ def read(directory: Path, wanted: Sequence[Wanted], *, on_progress: Callable[[],
                 if len(in_flight) == IN_FLIGHT:
                     in_flight.popleft().result()
                     on_progress()
-                in_flight.append(pool.submit(_read_run, descriptor, run, directory))
+                in_flight.append(pool.submit(_read_run, descriptor, run, directory, verify))
         for future in in_flight:
             future.result()
             on_progress()
 
 
-def _read_run(descriptor: int, run: Sequence[Block[Wanted]], directory: Path) -> None:
+def _read_run(descriptor: int, run: Sequence[Block[Wanted]], directory: Path, verify: bool) -> None:
     start = run[0].start
-    buffer = memory.bounce_buffer(pinned=any(block.piece.device.type != "cpu" for block in run))
+    buffer = memory.bounce_buffer(pinned=not all(block.piece.is_on_host for block in run))
     view = memory.host_view(buffer)[: run[-1].stop - start]
     count = files.read_at(descriptor, view, start)
     for block in run:
         data = view[block.start - start : block.stop - start]
         is_short = block.stop - start > count
-        if is_short or hashtree.digest(data) != block.digest:
+        if is_short or (verify and hashtree.digest(data) != block.digest):
             raise damaged(block.piece.row, block.number, block.piece.component, directory, is_short=is_short)
     for block in run:
         if block.stop > block.start:
@@ -98,13 +109,18 @@ def _read_run(descriptor: int, run: Sequence[Block[Wanted]], directory: Path) ->
 def _give(block: Block[Wanted], verified: torch.Tensor) -> None:
     """Copy the bytes of a block to where they are wanted."""
     destination, row = block.piece.destination, block.piece.row
+    if destination is None:
+        return
     if not isinstance(destination, Region):
         offset = block.number * BLOCK_BYTES
         destination[offset : offset + len(verified)].copy_(verified)
         return
-    # torch cannot copy every dtype, but all bits of one of the same size
-    words = _WORDS[ITEM_BYTES[row.dtype]]
-    elements, target = verified.view(words), destination.tensor.view(words)
+    dtype, target = getattr(torch, row.dtype), destination.tensor
+    if target.dtype == dtype:
+        # torch cannot copy every dtype, but all bits of one of the same size
+        dtype = _WORDS[ITEM_BYTES[row.dtype]]
+        target = target.view(dtype)
+    elements = verified.view(dtype)
     position = 0
     for box in row.rectangles(block.number):
         count = volume(box)

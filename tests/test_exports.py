@@ -21,6 +21,8 @@ PROMISED = {
     "RNGState",
     "CheckpointCoordinator",
     "CheckpointManifest",
+    "open_checkpoint",
+    "load_component",
     "CheckpointError",
 }
 
