@@ -157,7 +157,10 @@ def _place(
     """The tensor that will be in the state dict, with its pieces' destinations noted."""
     first = rows[0]
     dtype = getattr(torch, first.dtype)
-    existing = live.tensor_item(first.name) if live is not None and target is None else None
+    existing = None
+    if live is not None and target is None:
+        # what is one tensor in the job may have been several when it was saved, of equal bytes
+        existing = live.tensor_item(live.aliases[first.name].target if first.name in live.aliases else first.name)
     if existing is not None:
         if cast:
             dtype = existing.tensor.dtype

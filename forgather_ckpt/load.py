@@ -155,6 +155,8 @@ def take_live(comm: Comm, components: Sequence[StateComponent], keys: Collection
 
 def _load_one(job: Job, request: Request, live: Live, path: Path, digest: str) -> LoadReport:
     only = job.comm.together("preparing the load", lambda: prepare(job, request, live, path, digest))
+    if only.namespaces:
+        job.comm.agree("preparing the load", only.taken, only.refuse_untaken)
     resized = job.comm.together("resizing", lambda: resize(only.recipes, path, job))
     apply(job.comm, path, only.recipes, only.chosen, resized=resized, staged=request.staged)
     for key, reason in only.skipped.items():

@@ -59,6 +59,8 @@ class Recipe:
     assemblies: Sequence[Assembly]
     is_resized: bool
     manifest: CheckpointManifest
+    taken: str = "0"
+    """See `Prepared.taken`."""
 
     @property
     def wanted(self) -> list[Wanted]:
@@ -108,6 +110,30 @@ class Prepared:
     """Components that the job and the checkpoint have, the same on all ranks."""
     skipped: Mapping[str, str]
     """Components of either that are not loaded, and why."""
+    library: Library
+    namespaces: Sequence[str]
+    """The components of which each rank takes what it has, the same on all ranks."""
+
+    def taken(self) -> dict[str, str]:
+        """What this rank takes of the namespaces: of each a number in base 16 with a bit for every name, in their order."""
+        return {
+            recipe.component.key: recipe.taken for recipe in self.recipes if recipe.component.key in self.namespaces
+        }
+
+    def refuse_untaken(self, columns: Sequence[Mapping[str, str]]) -> None:
+        """`LoadMismatch` where no rank takes some item of a namespace: a layer that the job no longer has, say."""
+        for key in self.namespaces:
+            untaken = (1 << self.manifest.components[key].entries[ENTRY_OF_ALL].num_items) - 1
+            for column in columns:
+                untaken &= ~int(column.get(key, "0"), 16)
+            if untaken:
+                names = sorted(self.library.entry(key, ENTRY_OF_ALL).names)
+                left = [name for place, name in enumerate(names) if untaken >> place & 1]
+                raise LoadMismatch(
+                    f"component {key!r}: {some_of(left)} in the checkpoint but on no rank of the job; build the job as it "
+                    "was saved, or load with strict=False to leave them",
+                    component=key,
+                )
 
 
 def prepare(job: Job, request: Request, live: Live, path: Path, digest: str) -> Prepared:
@@ -125,7 +151,18 @@ def prepare(job: Job, request: Request, live: Live, path: Path, digest: str) -> 
             if recipe is not None:
                 recipes.append(recipe)
     refuse_shared_memory(recipes, live)
-    return Prepared(manifest, recipes, [component.key for component in chosen], skipped)
+    namespaces = [
+        one.key
+        for one in chosen
+        if request.strict and _is_shared_namespace(one, job) and ENTRY_OF_ALL in manifest.components[one.key].entries
+    ]
+    return Prepared(manifest, recipes, [one.key for one in chosen], skipped, library, namespaces)
+
+
+def _is_shared_namespace(component: StateComponent, job: Job) -> bool:
+    """Whether each rank takes of the component what it has, and no rank need have all."""
+    sets = sets_of(component.sharing_pattern, component.process_group_name, job.topology)
+    return component.is_global and len(sets) > 1
 
 
 def open_library(path: Path, digest: str) -> Library:
@@ -214,16 +251,23 @@ def _recipe(
     targets: Mapping[str, Target | None] = {}
     if isinstance(component.stateful, ChoosesTargets):
         targets = component.stateful.load_targets(whole.available())
-    if (
-        entry == ENTRY_OF_ALL
-        and len(sets_of(component.sharing_pattern, component.process_group_name, job.topology)) > 1
-    ):
+    taken = 0
+    if entry == ENTRY_OF_ALL and _is_shared_namespace(component, job):
         # of a job-wide namespace a rank takes what it has, and what it asks for
         asked = {name for name, target in targets.items() if target is not None}
-        whole = whole.only(asked | live.names)
+        refused = targets.keys() - asked
+        wanted = asked | live.names
+        taken = _bits(sorted(whole.names), wanted - refused)
+        whole = whole.only(wanted)
     if isinstance(component.stateful, nn.Module):
         _check_module(component, whole, live)
-    return Recipe(component, [whole], [assemble(whole, live, targets, staged=staged)], False, manifest)
+    assemblies = [assemble(whole, live, targets, staged=staged)]
+    return Recipe(component, [whole], assemblies, False, manifest, f"{taken:x}")
+
+
+def _bits(names: Sequence[str], chosen: Collection[str]) -> int:
+    """A number with a bit for each of the names: 1 for the chosen ones, the first name's the lowest."""
+    return int("".join("1" if name in chosen else "0" for name in reversed(names)) or "0", 2)
 
 
 def check_declared(keys: Collection[str], live: Live) -> None:
