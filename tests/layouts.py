@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -35,7 +36,20 @@ from forgather_ckpt.trainers import (
 )
 from tests.ranks import Outcome, run_ranks, values
 from tests.test_pipeline import NUM_SAMPLES, NUM_TOKENS, Sentences, union
-from tests.test_resume import NUM_STEPS, SAVE_STEPS, Hook, Life, digests, in_order_of_reading
+from tests.test_resume import (
+    NUM_STEPS,
+    SAVE_STEPS,
+    Hook,
+    Life,
+    assert_continues,
+    at_step,
+    digests,
+    fail,
+    in_order_of_reading,
+    kill,
+    kill_in_state_dict,
+    stop,
+)
 
 WIDTH, HIDDEN = 6, 12
 GLOBAL_BATCH, NUM_MICRO_BATCHES = 32, 4
@@ -197,6 +211,38 @@ def live(layout: Layout, run: Path, hooks: Sequence[Hook] = (), **settings: Any)
     losses = [(step, value.hex()) for step, value in trainer.history]
     first_step = losses[0][0] if losses else trainer.progress.step + 1
     return Life(first_step, batches, losses, digests(local(states(trainer))))
+
+
+def undisturbed_lives(factory: pytest.TempPathFactory) -> Callable[[Layout], list[Life]]:
+    """What every rank comes to in a run of a layout that nothing disturbs; each run is made once."""
+
+    @functools.cache
+    def of(layout: Layout) -> list[Life]:
+        directory = factory.mktemp("undisturbed")
+        return layout.run(lambda: live(layout, directory))
+
+    return of
+
+
+ENDINGS: dict[str, Hook] = {
+    "a stop": at_step(NUM_STEPS // 2, stop),
+    "an exception": at_step(6, fail),
+    "a kill": at_step(6, kill),
+    "a kill in mid-save": kill_in_state_dict,
+}
+DEATHS = [ending for ending in ENDINGS if ending != "a stop"]
+
+
+def assert_goes_on(layout: Layout, run: Path, ending: str, whole: Sequence[Life], *, victim: int | None = None) -> None:
+    """A life that ends so on one rank, or on all, and the next one, which goes on from the save of step 4 as `whole` did."""
+
+    def first_life() -> None:
+        live(layout, run, [lambda trainer: ENDINGS[ending](trainer) if victim in (None, trainer.rank) else None])
+
+    outcomes = layout.outcomes(first_life, expect_dead=[] if victim is None else [victim])
+    assert all(outcome.is_dead or outcome.error is not None for outcome in outcomes)
+    assert [outcome.rank for outcome in outcomes if outcome.is_dead] == ([victim] if "kill" in ending else [])
+    assert_continues(layout.run(lambda: live(layout, run)), list(whole), from_step=4)
 
 
 def saved_and_read(layout: Layout, directory: Path, max_steps: int) -> tuple[dict[str, Any], list[int]]:

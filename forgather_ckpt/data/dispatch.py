@@ -16,6 +16,8 @@ from forgather_ckpt.data.loader import StatefulLoader, num_samples_of
 class DispatchingLoader(StatefulLoader):
     """A `StatefulLoader` of which only rank 0 reads the dataset; each rank gets just what it would have read.
 
+    With `same_for_all`, all ranks get the same batches, as the stages of one pipeline need them.
+
     To make one, to iterate over it and to take its next batch are collective: all ranks do it alike. Ranks
     other than 0 may pass `dataset=None`. If reading fails on rank 0, every rank raises.
 
@@ -35,8 +37,11 @@ class DispatchingLoader(StatefulLoader):
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Batch] | None = None,
         pin_memory: bool = False,
+        same_for_all: bool = False,
     ) -> None:
         rank = dist.get_rank()
+        self._num_receivers = dist.get_world_size()
+        self._is_reader = rank == 0
         self._group = dist.new_group(backend="gloo")
         if rank == 0:
             num_samples, problem = _measured(dataset)
@@ -50,8 +55,8 @@ class DispatchingLoader(StatefulLoader):
         super().__init__(
             dataset if rank == 0 and dataset is not None else _ReadElsewhere(num_samples),
             batch_size,
-            rank=rank,
-            world_size=dist.get_world_size(),
+            rank=0 if same_for_all else rank,
+            world_size=1 if same_for_all else dist.get_world_size(),
             seed=seed,
             shuffle=shuffle,
             drop_last=drop_last,
@@ -62,7 +67,7 @@ class DispatchingLoader(StatefulLoader):
 
     def _read(self) -> Iterator[Batch]:
         count = len(self)
-        if self.rank == 0:
+        if self._is_reader:
             batches = self._data_loader(rank=None)
             for _ in range(count):
                 yield self._send(batches)
@@ -74,9 +79,11 @@ class DispatchingLoader(StatefulLoader):
         try:
             shares = list(islice(batches, self.world_size))
             packed = [_Packed.of(batch) for batch in shares]
+            if self.world_size == 1:
+                packed *= self._num_receivers
         except Exception as err:
             # The others wait for this exchange, whatever happened here.
-            self._exchange([_failure(err)] * self.world_size)
+            self._exchange([_failure(err)] * self._num_receivers)
             raise
         self._exchange([message.skeleton for message in packed])
         sending = [

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from forgather_ckpt.trainers.stages import Part
+
 NUM_BYTES = 256
 
 
@@ -57,11 +59,27 @@ class GPT(nn.Module):
 
     def forward(self, window: torch.Tensor) -> torch.Tensor:
         """`window`: (batch, context + 1) of uint8, each byte the one to be told from those before it."""
-        window = window.long()
-        x = self.dropout(self.embedding(window[:, :-1]) + self.position)
+        x = self.embed(window)
         for block in self.blocks:
             x = block(x)
-        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), window[:, 1:].flatten())
+        return self.pipeline_loss(self.predict(x), window)
+
+    def embed(self, window: torch.Tensor) -> torch.Tensor:
+        """A window to (batch, context, width)."""
+        embedded: torch.Tensor = self.dropout(self.embedding(window[:, :-1].long()) + self.position)
+        return embedded
+
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, context, width) to the logits of the next bytes."""
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+    def pipeline_parts(self) -> list[Part]:
+        blocks = [Part(f"blocks.{number}") for number in range(len(self.blocks))]
+        return [Part(["embedding", "position", "dropout"], GPT.embed), *blocks, Part(["norm", "head"], GPT.predict)]
+
+    def pipeline_loss(self, logits: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].long().flatten())
 
 
 def _initialize(module: nn.Module) -> None:

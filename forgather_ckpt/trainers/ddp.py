@@ -1,83 +1,24 @@
 """The training loop on many processes, with `DistributedDataParallel`."""
 
-import logging
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from forgather_ckpt.coordinator import CheckpointCoordinator
-from forgather_ckpt.patterns import ValidationLevel
-from forgather_ckpt.trainers.distributed import DistributedTrainer
-
-logger = logging.getLogger(__name__)
+from forgather_ckpt.trainers.replicated import ReplicatedTrainer
 
 
-class DDPTrainer(DistributedTrainer):
+class DDPTrainer(ReplicatedTrainer):
     """A `Trainer` in each process of `torchrun`, kept in step by `DistributedDataParallel`.
 
     The models need not be made alike: DDP gives all ranks rank 0's. With `dispatch_batches=True`, only rank 0 needs a
     `train_dataset`.
     """
 
-    model_validation = ValidationLevel.TENSOR
     wrapped: DistributedDataParallel
 
-    def wrap_model(self, model: nn.Module) -> DistributedDataParallel:
-        wrapped = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
-        lay_out_buckets(wrapped)
-        return wrapped
+    def replicate(self, model: nn.Module) -> DistributedDataParallel:
+        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
 
     def gradient_exchange(self, is_last: bool) -> AbstractContextManager[None]:
         return nullcontext() if is_last else self.wrapped.no_sync()
-
-    def save(self, coordinator: CheckpointCoordinator, kind: str) -> None:
-        self.synchronize_buffers()
-        super().save(coordinator, kind)
-
-    def validate_replication(self, coordinator: CheckpointCoordinator) -> None:
-        self.synchronize_buffers()
-        super().validate_replication(coordinator)
-
-    def synchronize_buffers(self) -> None:
-        """Buffers such as BatchNorm's differ until DDP copies rank 0's over the others', before the next forward pass.
-        Doing that now changes nothing in the training, and makes the copies equal, as they are declared."""
-        if self.wrapped.broadcast_buffers:
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, src=0)
-
-
-def lay_out_buckets(model: DistributedDataParallel) -> None:
-    """Have DDP decide now, and not after its first backward pass, which gradients it sums in one buffer.
-
-    The order in which more than two ranks add up a gradient depends on its place in the buffer, and float sums
-    depend on the order. Left alone, DDP sums the first step of every process in one layout and all later ones
-    in another: the first step after a resume would then differ in the last bits from the undisturbed run.
-
-    DDP goes by the order in which gradients came in its first backward pass. So it is given one, of zeros, in
-    which they come from the last parameter to the first, as they do in models that use them in order.
-    """
-    module = model.module
-    if any(getattr(part, "sparse", False) for part in module.modules()):
-        logger.warning("sparse gradients: a resume on more than two ranks is not exact to the last bit")
-        return
-    model.module = _ZeroLoss(module)
-    try:
-        model(torch.zeros((), device=next(module.parameters()).device)).backward()
-    finally:
-        model.module = module
-    model.zero_grad(set_to_none=True)
-
-
-class _ZeroLoss(nn.Module):
-    """A loss of zero on all parameters of a module; autograd goes through them from the last to the first."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, zero: torch.Tensor) -> torch.Tensor:  # on CUDA, DDP wants an input
-        used = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        return zero + torch.stack([parameter.sum().float() * 0 for parameter in used]).sum()

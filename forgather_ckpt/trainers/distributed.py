@@ -43,7 +43,7 @@ class DistributedTrainer(Trainer):
         return device
 
     def create_loader(self, dataset: Samples | None) -> StatefulLoader:
-        if self.args.dispatch_batches:
+        if self.args.dispatch_batches and dist.is_initialized():  # a single process reads for all anyway
             return DispatchingLoader(dataset, **self.loader_options())
         return super().create_loader(dataset)
 

@@ -25,6 +25,7 @@ from forgather_ckpt.optimizer import NamedOptimizer
 from forgather_ckpt.patterns import SharingPattern, ValidationLevel
 from forgather_ckpt.rng import RNGState
 from forgather_ckpt.trainers.arguments import TrainingArguments
+from forgather_ckpt.trainers.callbacks import CallbackStates
 from forgather_ckpt.trainers.progress import Progress, TrainResult
 from forgather_ckpt.trainers.schedule import is_multiple, lr_factor
 
@@ -38,7 +39,8 @@ class Trainer:
 
     Give `optimizer`, `lr_scheduler` or `compute_loss(model, batch)`, or override `create_optimizer`,
     `create_scheduler`, `compute_loss`, `training_step`. The `on_step_end` functions are called with the trainer
-    after each optimizer step, before the save that may be due; what they raise ends the training.
+    after each optimizer step, before the save that may be due; what they raise ends the training. One that has
+    `state_dict` and `load_state_dict` is saved, as rank 0 has it, under its `name` or else that of its class.
     """
 
     shared: ClassVar[SharingPattern] = SharingPattern.GLOBAL
@@ -63,9 +65,10 @@ class Trainer:
         self.args = args
         self.data_collator = data_collator
         self.on_step_end = tuple(on_step_end)
+        self.callbacks = CallbackStates(self.on_step_end)
         self._given_loss = compute_loss
         self.device, self.rank, self.world_size = self.join_job()
-        self.model = unwrapped(model).to(self.device)
+        self.model = self.take_model(model)
         """The module itself: its names are the names in the checkpoint."""
         self.wrapped = self.wrap_model(model)
         """What is called: the model as it was given (perhaps compiled), in whatever a subclass puts around it."""
@@ -73,7 +76,7 @@ class Trainer:
         if self.loader.batches_per_epoch == 0:
             raise ValueError(
                 f"{self.loader.position.num_samples} samples do not fill one batch of "
-                f"{args.per_device_train_batch_size} on each of {self.world_size} ranks"
+                f"{args.per_device_train_batch_size} on each of {self.loader.world_size} ranks"
             )
         self.progress = Progress()
         self.total_steps = self.count_total_steps()
@@ -81,7 +84,7 @@ class Trainer:
         self.lr_scheduler = lr_scheduler or self.create_scheduler(self.optimizer)
         if type(self).apply_gradients is Trainer.apply_gradients and type(self).training_step is Trainer.training_step:
             refuse_unusable(self.optimizer, self.lr_scheduler)
-        self.scaler = GradScaler(self.device.type, enabled=args.fp16)
+        self.scaler = self.create_scaler()
         self.history: list[tuple[int, float]] = []
         """(step, mean loss since the entry before) every `logging_steps`, of this process's life only."""
         self._last_saved_step = 0
@@ -94,7 +97,7 @@ class Trainer:
         A save that fails raises its `CheckpointError`, on every rank, and so ends the training.
         """
         args = self.args
-        seed_all(args.seed + self.rank)
+        seed_all(args.seed + self.random_stream)
         with CheckpointCoordinator(
             self,
             args.output_dir,
@@ -105,7 +108,7 @@ class Trainer:
             resumed_from = self.resume(coordinator)
             self.wrapped.train()
             while not self.is_finished():
-                for batches in in_groups(self.loader, args.gradient_accumulation_steps):
+                for batches in in_groups(self.loader, self.batches_per_step):
                     self.finish_step(self.reduce_loss(self.training_step(batches)))
                     if args.validate_replication_steps and is_multiple(
                         self.progress.step, args.validate_replication_steps
@@ -150,7 +153,7 @@ class Trainer:
             raise
         if "rng" in report.skipped:
             # Streams of another world size: begin new ones, and not those that the run began with.
-            seed_all(mixed_seed(self.args.seed, self.rank, self.progress.step))
+            seed_all(mixed_seed(self.args.seed, self.random_stream, self.progress.step))
         self._last_saved_step = self.progress.step
         self.total_steps = self.count_total_steps()
         if self.rank == 0:
@@ -192,9 +195,9 @@ class Trainer:
         """The step at which training will end, as seen from here; the world size may have changed on the way."""
         if self.args.max_steps > 0:
             return self.args.max_steps
-        accumulation = self.args.gradient_accumulation_steps
+        size = self.batches_per_step
         epochs_after = self.args.num_train_epochs - self.progress.epoch - 1
-        left = -(-len(self.loader) // accumulation) + epochs_after * -(-self.loader.batches_per_epoch // accumulation)
+        left = -(-len(self.loader) // size) + epochs_after * -(-self.loader.batches_per_epoch // size)
         return self.progress.step + max(0, left)
 
     # One step
@@ -208,6 +211,7 @@ class Trainer:
                     loss = self.compute_loss(self.wrapped, self.to_device(batch)) / len(batches)
                 torch.autograd.backward(self.scaler.scale(loss))
             total += loss.detach()
+        self.combine_gradients()
         self.apply_gradients()
         return total
 
@@ -233,13 +237,16 @@ class Trainer:
     def apply_gradients(self) -> None:
         if self.args.max_grad_norm > 0:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+            self.clip_gradients()
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.get_scale() >= scale:  # after an overflow, neither optimizer nor schedule move
             self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def clip_gradients(self) -> None:
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
 
     def finish_step(self, loss: torch.Tensor) -> None:
         """Count the step, log if it is time, and call the hooks."""
@@ -265,10 +272,11 @@ class Trainer:
             StateComponent("optimizer", NamedOptimizer(self.optimizer, [self.model]), self.shared),
             StateComponent("scheduler", self.lr_scheduler, self.shared),
             StateComponent("trainer", self.progress, self.shared),
+            StateComponent("callbacks", self.callbacks, SharingPattern.GLOBAL),
             self.data_component(),
             StateComponent("rng", RNGState(), SharingPattern.PER_RANK, on_resize="drop"),
         ]
-        if self.args.fp16:
+        if self.scaler.is_enabled():
             components.insert(3, StateComponent("scaler", self.scaler, self.shared))
         return components
 
@@ -283,6 +291,15 @@ class Trainer:
                 "or start it without torchrun"
             )
         return torch.device(self.args.device or ("cuda" if torch.cuda.is_available() else "cpu")), 0, 1
+
+    @property
+    def batches_per_step(self) -> int:
+        """How many of the loader's batches one optimizer step takes."""
+        return self.args.gradient_accumulation_steps
+
+    def take_model(self, model: nn.Module) -> nn.Module:
+        """The module that this rank trains, on its device."""
+        return unwrapped(model).to(self.device)
 
     def wrap_model(self, model: nn.Module) -> nn.Module:
         return model
@@ -314,11 +331,23 @@ class Trainer:
 
         return LambdaLR(optimizer, factor)
 
+    def create_scaler(self) -> GradScaler:
+        """What scales the loss in half precision; a component where it is enabled."""
+        return GradScaler(self.device.type, enabled=self.args.fp16)
+
     # What several processes do differently
 
     def gradient_exchange(self, is_last: bool) -> AbstractContextManager[None]:
         """Around the forward and backward pass of one micro-batch."""
         return nullcontext()
+
+    @property
+    def random_stream(self) -> int:
+        """Which of the job's random streams is this rank's. Ranks that compute the same thing draw from the same one."""
+        return self.rank
+
+    def combine_gradients(self) -> None:
+        """Between the last backward pass of a step and the optimizer."""
 
     def reduce_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """The mean over all ranks."""

@@ -1,0 +1,42 @@
+"""The state of the functions that a trainer calls, under names that do not depend on their order."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class HasState(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+class CallbackStates:
+    """What those of the callbacks hold that have `state_dict` and `load_state_dict`.
+
+    Each is saved under its attribute `name`, or else that of its class. Callbacks may come and go between runs: a new
+    one starts fresh, the state of one that is gone is left in the checkpoint, and either is told.
+    """
+
+    def __init__(self, callbacks: Iterable[Any]) -> None:
+        self._by_name: dict[str, HasState] = {}
+        for callback in callbacks:
+            if isinstance(callback, HasState):
+                name = getattr(callback, "name", None) or type(callback).__name__
+                if self._by_name.setdefault(name, callback) is not callback:
+                    raise ValueError(f"two callbacks are called {name!r}: give each an attribute `name` of its own")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: callback.state_dict() for name, callback in self._by_name.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        for name in state_dict.keys() - self._by_name.keys():
+            logger.warning("the checkpoint has the state of a callback %r, which this run does not have", name)
+        for name, callback in self._by_name.items():
+            if name in state_dict:
+                callback.load_state_dict(state_dict[name])
+            else:
+                logger.warning("callback %r is not in the checkpoint, and starts fresh", name)
