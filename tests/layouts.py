@@ -119,11 +119,14 @@ class Layout:
     axes: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     nodes: tuple[int, ...] | None = None
+    device: str = "cpu"
+    """"cuda": a GPU a rank, and NCCL."""
 
     def __str__(self) -> str:
         axes = "×".join(f"{name}{size}" for name, size in self.axes.items())
         nodes = f"nodes{list(self.nodes)}" if self.nodes else ""
-        return "-".join(filter(None, [self.kind, axes, nodes, *map(str, self.settings)]))
+        device = "" if self.device == "cpu" else self.device
+        return "-".join(filter(None, [self.kind, axes, nodes, device, *map(str, self.settings)]))
 
     def __hash__(self) -> int:
         return hash(str(self))
@@ -138,7 +141,7 @@ class Layout:
         return math.prod(size for name, size in self.axes.items() if name not in ("pp", "tp"))
 
     def mesh(self) -> DeviceMesh:
-        return init_device_mesh("cpu", tuple(self.axes.values()), mesh_dim_names=tuple(self.axes))
+        return init_device_mesh(self.device, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes))
 
     def trainer(self, model: nn.Module, directory: Path, dataset: Any = None, **options: Any) -> Trainer:
         """A trainer of this layout; what is not an option of trainers is a setting."""
@@ -186,7 +189,7 @@ class Layout:
         raise ValueError(f"no kind {self.kind!r}")
 
     def outcomes(self, case: Callable[[], Any], **options: Any) -> list[Outcome]:
-        backend = None if self.kind == "one" else "gloo"
+        backend = None if self.kind == "one" else "gloo" if self.device == "cpu" else "nccl"
         return run_ranks(
             self.world_size, lambda rank, world_size: case(), backend=backend, nodes=self.nodes, timeout=100, **options
         )
@@ -292,7 +295,7 @@ def local(state: Any) -> Any:
 
 
 def whole(state: Any) -> Any:
-    """Nested state with whole tensors in the place of DTensors, all copied. Collective."""
+    """Nested state with whole tensors in the place of DTensors, all copied to host memory. Collective."""
     return _converted(state, lambda tensor: tensor.full_tensor())
 
 
@@ -301,4 +304,4 @@ def _converted(state: Any, convert: Callable[[DTensor], torch.Tensor]) -> Any:
         return {key: _converted(value, convert) for key, value in state.items()}
     if isinstance(state, DTensor):
         state = convert(state)
-    return state.detach().clone() if isinstance(state, torch.Tensor) else state
+    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state

@@ -1,0 +1,123 @@
+"""The trainers on real GPUs, with NCCL: run by `pytest -m gpu`; on two GPUs where there are two, else on one."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from forgather_ckpt import CheckpointCoordinator, SharingPattern, StateComponent, catalog, comparison, device_digest
+from forgather_ckpt.sharded import local_part
+from tests.components import Box, refusal, the_same
+from tests.layouts import Layout, assert_goes_on, saved_and_read, undisturbed_lives
+from tests.ranks import run_ranks, values
+from tests.test_resume import digests
+
+pytestmark = [pytest.mark.gpu, pytest.mark.multiprocess]
+
+NUM_GPUS = min(2, torch.cuda.device_count())
+
+
+def layout(kind: str, **axes: int) -> Layout:
+    return Layout(kind, axes, device="cuda")
+
+
+ONE = Layout("one", device="cuda")
+KINDS = [
+    layout("ddp", dp=NUM_GPUS),
+    layout("fsdp", shard=NUM_GPUS),
+    layout("fsdp", copies=NUM_GPUS, shard=1),
+    layout("pipeline", pp=NUM_GPUS),
+    layout("hybrid", dp=NUM_GPUS, tp=1),
+    layout("hybrid", dp=1, tp=NUM_GPUS),
+    layout("hybrid", dp=1, pp=NUM_GPUS),
+]
+
+
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_run_that_was_stopped_goes_on_exactly(tmp_path: Path, tmp_path_factory: Any, kind: Layout):
+    assert_goes_on(kind, tmp_path, "a stop", undisturbed_lives(tmp_path_factory)(kind))
+
+
+@pytest.mark.parametrize("kinds", [(KINDS[0], KINDS[1], ONE), (KINDS[3], KINDS[5], KINDS[1])], ids=str)
+def test_another_layout_loads_the_same_bits(tmp_path: Path, kinds: tuple[Layout, ...]):
+    before, _ = saved_and_read(kinds[0], tmp_path, 1)
+    for life, kind in enumerate(kinds[1:], start=1):
+        loaded, _ = saved_and_read(kind, tmp_path, life)
+        assert digests(loaded) == digests(before)
+        before, _ = saved_and_read(kind, tmp_path, life + 1)
+
+
+# ---- parts on a device; two ranks may share one, and then speak gloo
+
+SHAPE = (1030, 1027)
+
+
+def on_gpus(mesh: tuple[int, ...], case: Any) -> list[Any]:
+    def on_gpu(rank: int, world_size: int) -> Any:
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        return case(rank, init_device_mesh("cuda", mesh))
+
+    return values(run_ranks(math.prod(mesh), on_gpu, timeout=100))
+
+
+def save(run: Path, step: int, mesh: tuple[int, ...], placements: list[Placement]) -> None:
+    def case(rank: int, on: Any) -> None:
+        whole = torch.arange(math.prod(SHAPE), dtype=torch.float32, device="cuda").view(SHAPE)
+        own = distribute_tensor(whole, on, placements, src_data_rank=None)
+        with CheckpointCoordinator(
+            [StateComponent("m", Box({"w": own}), SharingPattern.REPLICATED)], run
+        ) as coordinator:
+            coordinator.save_checkpoint(step)
+            local_part(own).zero_()
+            coordinator.load_checkpoint(step)
+            assert torch.equal(
+                local_part(own), local_part(distribute_tensor(whole, on, placements, src_data_rank=None))
+            )
+
+    on_gpus(mesh, case)
+
+
+def test_parts_on_gpus_add_up_to_the_digest_of_the_whole_and_load_in_place(tmp_path: Path):
+    layouts: list[tuple[tuple[int, ...], list[Placement]]] = [
+        ((1,), [Replicate()]),
+        ((2,), [Shard(0)]),
+        ((3,), [Shard(1)]),
+        ((2, 2), [Replicate(), Shard(1)]),
+    ]
+    found = []
+    for step, (mesh, placements) in enumerate(layouts, start=1):
+        save(tmp_path, step, mesh, placements)
+        checkpoint = catalog.read_checkpoint(tmp_path / f"checkpoint-{step}")
+        path, manifest = checkpoint.path, checkpoint.manifest
+        parts = [entry for name in manifest.indexes for entry in catalog.read_index(path, manifest, name).entries]
+        content = comparison.items(parts)["w"].content
+        assert isinstance(content, comparison.StoredTensor)
+        found.append(comparison.device_digests(content))
+    whole = torch.arange(math.prod(SHAPE), dtype=torch.float32).view(SHAPE)
+    assert found == [list(device_digest.block_digests([whole])[0])] * len(layouts)
+
+
+@pytest.mark.parametrize("level", ["quick", "tensor", "full"])
+def test_a_part_on_a_gpu_that_differs_is_named(tmp_path: Path, level: str):
+    def case(rank: int, on: Any) -> Any:
+        own = distribute_tensor(torch.ones(SHAPE, device="cuda"), on, [Replicate(), Shard(1)], src_data_rank=None)
+        assert isinstance(own, DTensor)
+        if rank == 3:
+            local_part(own)[1000, 7] += 0.5
+        declared = [StateComponent("m", Box({"w": own}), SharingPattern.REPLICATED, validation_level=level)]  # type: ignore[arg-type]
+        with CheckpointCoordinator(declared, tmp_path) as coordinator:
+            return refusal(lambda: coordinator.save_checkpoint(1))
+
+    _, message = the_same(on_gpus((2, 2), case))
+    assert "differs between rank 1 and rank 3 at 'w[0:1030,514:1027]' (first at [1000, 521], max |Δ| 0.5)" in message
