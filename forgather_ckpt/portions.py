@@ -68,12 +68,23 @@ class Held(NamedTuple):
             yield box
 
     def to_json(self) -> list[Any]:
-        return [self.layout and self.layout.to_json(), list(self.ranks), self.num_parts, self.num_bytes]
+        return [self.layout and self.layout.to_json(), _ranks_to_json(self.ranks), self.num_parts, self.num_bytes]
 
     @classmethod
     def from_json(cls, data: Sequence[Any]) -> Self:
         layout, ranks, num_parts, num_bytes = data
-        return cls(layout and Layout.from_json(layout), tuple(ranks), num_parts, num_bytes)
+        return cls(layout and Layout.from_json(layout), _ranks_from_json(ranks), num_parts, num_bytes)
+
+
+def _ranks_to_json(ranks: Ranks) -> list[int] | dict[str, list[int]]:
+    """Most meshes are on ranks that follow one another: every rank sends its own, and rank 0 reads all."""
+    if len(ranks) > 1 and (step := ranks[1] - ranks[0]) and ranks == tuple(range(ranks[0], ranks[-1] + step, step)):
+        return {"range": [ranks[0], ranks[-1] + step, step]}
+    return list(ranks)
+
+
+def _ranks_from_json(data: list[int] | dict[str, list[int]]) -> Ranks:
+    return tuple(range(*data["range"])) if isinstance(data, dict) else tuple(data)
 
 
 @functools.lru_cache(256)  # all ranks of a mesh say the same of it
@@ -400,10 +411,9 @@ def _parts(given: Contribution, group: _Group) -> Iterator[Portion]:
     """A portion for each part of the items of a group; one if they are whole."""
     held = {rank: one for family, layout in group.members for rank, one in family.held(layout)}
     lowest = held[min(held)]
+    missing = sorted({rank for ranks in {one.ranks for one in held.values()} for rank in ranks} - held.keys())
     holders: dict[Coordinate | None, list[int]] = defaultdict(list)
     for rank, one in held.items():
-        if missing := sorted(set(one.ranks) - held.keys()):
-            raise _reaches_outside(given, one.ranks, missing)
         holders[one.place_of(rank)].append(rank)
     for place, ranks in holders.items():
         first = held[min(ranks)]
@@ -412,6 +422,8 @@ def _parts(given: Contribution, group: _Group) -> Iterator[Portion]:
         num_bytes = sum(size.item_bytes * sum(map(volume, own)) for size, own in zip(group.sizes, boxes, strict=True))
         if group.names is None:
             num_items, num_bytes = first.num_parts - num_items, first.num_bytes - num_bytes
+        if num_items and missing:
+            raise _reaches_outside(given, first.ranks, missing)
         yield Portion(
             given.component.key,
             given.entry,

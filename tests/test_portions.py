@@ -332,6 +332,31 @@ def test_a_mesh_that_reaches_outside_its_set_is_refused(component, problem):
     assert problem in caught.value.message
 
 
+def test_ranks_of_one_mesh_may_hold_different_items_besides():
+    layout = Layout((2,), (Shard(0),))
+    name = layout_name(layout, 0)
+    reported = {
+        rank: Report(letter, 2, {WHOLE: Held(None, (), 1, 0), name: cut(layout, (0, 1), rank, (4,))})
+        for rank, letter in enumerate("ab")
+    }
+    [given] = contributions(declared(PER_RANK, names="global"), reported, TOPOLOGY)
+    tables = {rank: [row("w", T, "float32", [4], name), row(f"own {rank}", V)] for rank in range(2)}
+    entry = entry_of_several(given, tables)
+    assert entry.num_items == 3
+    assert [(one.holders, one.names, one.num_items, one.num_bytes) for one in entry.portions] == [
+        ((0,), None, 1, 0),
+        ((1,), None, 1, 0),
+        ((0,), ("w",), 1, 8),
+        ((1,), ("w",), 1, 8),
+    ]
+
+
+@pytest.mark.parametrize("ranks", [(0,), (0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 5, 7), (0, 1, 4, 5), (5, 5), ()])
+def test_the_ranks_of_a_mesh_survive_json(ranks):
+    one = Held(Layout((len(ranks),), (Shard(0),)), ranks, 1, 8)
+    assert Held.from_json(strict_json.loads(strict_json.dumps(one.to_json()), what="message", max_bytes=10**6)) == one
+
+
 def test_a_mesh_of_which_a_rank_holds_nothing_is_refused():
     reported = {rank: Report("a", 1, {"cut": cut(FSDP, (0, 1, 2, 3), rank, (4,))}) for rank in range(3)}
     [given] = contributions(declared(PER_RANK, names="global"), reported, TOPOLOGY)
