@@ -85,6 +85,7 @@ def local_boxes(layout: Layout, shape: tuple[int, ...], coordinate: Coordinate) 
     return tuple(found)
 
 
+@functools.lru_cache(1 << 16)
 def local_shape(layout: Layout, shape: tuple[int, ...], coordinate: Coordinate) -> tuple[int, ...]:
     """The shape of the local part at `coordinate`."""
     held = (_intervals(cuts, length, coordinate) for cuts, length in zip(_cuts(layout, shape), shape, strict=True))
@@ -125,8 +126,9 @@ def _intervals(cuts: Sequence[_Cut], length: int, coordinate: Coordinate) -> lis
     held = [(0, length)] if length else []
     ordered = _in_order_of_cutting(cuts)
     for cut in cuts if ordered is None else ordered:
-        pieces = [held] if ordered is not None else _chunks(held, cut.split_factor)
-        own = [_chunks(piece, cut.size)[coordinate[cut.axis]] for piece in pieces]
+        num_pieces = 1 if ordered is not None else cut.split_factor
+        pieces = [_chunk(held, num_pieces, number) for number in range(num_pieces)]
+        own = [_chunk(piece, cut.size, coordinate[cut.axis]) for piece in pieces]
         held = _joined([interval for intervals in own for interval in intervals])
     return held
 
@@ -146,14 +148,10 @@ def _in_order_of_cutting(cuts: Sequence[_Cut]) -> list[_Cut] | None:
     return ordered
 
 
-def _chunks(intervals: Sequence[Interval], count: int) -> list[list[Interval]]:
-    """Cut what lies in `intervals`, taken together, as `torch.chunk` does; always `count` lists."""
-    total = sum(stop - start for start, stop in intervals)
-    size = -(-total // count)
-    return [_slice(intervals, min(total, size * i), min(total, size * (i + 1))) for i in range(count)]
-
-
-def _slice(intervals: Sequence[Interval], first: int, last: int) -> list[Interval]:
+def _chunk(intervals: Sequence[Interval], count: int, number: int) -> list[Interval]:
+    """One of the `count` chunks into which `torch.chunk` would cut what lies in `intervals`, taken together."""
+    size = -(-sum(stop - start for start, stop in intervals) // count)
+    first, last = size * number, size * (number + 1)
     found = []
     position = 0
     for start, stop in intervals:
