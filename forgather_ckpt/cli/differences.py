@@ -140,7 +140,7 @@ def _change(difference: Difference) -> str:
         case Change.BYTES:
             return f"bytes of {_described(one)}"
         case Change.UNKNOWN:
-            return f"not known without reading (--tensors): {_described(one)}"
+            return f"not known without reading (--logical): {_described(one)}"
         case _:
             return f"{_described(one)} → {_described(other)}"
 
