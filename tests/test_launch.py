@@ -35,7 +35,7 @@ def test_without_a_command_scripts_tell_their_usage(name):
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-@pytest.mark.parametrize("name", ["one_node.sh", "several_nodes.sh", "simulated_nodes.sh"])
+@pytest.mark.parametrize("name", ["one_node.sh", "several_nodes.sh", "simulated_nodes.sh", "elastic.sh"])
 def test_asked_for_help_scripts_tell_their_own_usage(name, flag):
     told = subprocess.run([LAUNCH / name, flag], capture_output=True, text=True, env={"PATH": PATH})
     assert (told.returncode, told.stderr) == (0, "")
