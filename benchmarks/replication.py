@@ -5,8 +5,12 @@
 
 The state is replicated on all ranks, on GPUs where there are any. All arms run in every round, in a new order each time;
 printed are medians over the rounds as ratios to the arm named in each row: of the whole call as its caller waits for it,
-and, on a GPU, of the time that the device is busy with it (from torch's profiler, in rounds of its own). Absolute times
-only on a GPU.
+and, on a GPU, of the time that the device is busy with it (from torch's profiler, in rounds of its own). Absolute times only
+on a GPU.
+
+With `--one-gpu` all ranks share a GPU that only rank 0 reads: the others give the digests that they took once, as ranks
+with GPUs of their own would at the same time. There is no broadcast then; `compare, no transfer` is FULL's comparison of
+the bytes, with a copy on the device in the place of each broadcast.
 
 `digests` is what QUICK and TENSOR do with the bytes; the rest of a check is Python over the items and the exchange.
 """
@@ -19,16 +23,17 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from xxhash import xxh3_128
 
-from forgather_ckpt import CheckpointCoordinator, SharingPattern, StateComponent
-from forgather_ckpt.digests import block_digests
-from forgather_ckpt.structure import capture
+from forgather_ckpt import CheckpointCoordinator, SharingPattern, StateComponent, bulk, bytewise, digests
+from forgather_ckpt.digests import Blocks
+from forgather_ckpt.structure import TensorItem, capture
 
 Arms = dict[str, Callable[[], object]]
 
@@ -37,6 +42,7 @@ COMPARED_WITH = {
     "check, quick": ("reduction", "xxh3"),
     "check, tensor": ("reduction", "xxh3"),
     "check, full": ("broadcast", "broadcast"),
+    "compare, no transfer": ("copy", "copy"),
     "reduction per tensor": ("reduction", "xxh3"),
     "torch.hash_tensor": ("reduction", "xxh3"),
     "copy to the host, xxh3": ("reduction", "xxh3"),
@@ -44,6 +50,7 @@ COMPARED_WITH = {
     "xxh3": ("reduction", "xxh3"),
     "reduction": ("reduction", "xxh3"),
     "broadcast": ("reduction", "xxh3"),
+    "copy": ("reduction", "xxh3"),
 }
 """Arm -> what its ratio is to, on a GPU and on a CPU."""
 
@@ -59,7 +66,40 @@ class Holder:
         raise AssertionError("a check loads nothing")
 
 
-def arms(flat: torch.Tensor, tensors: list[torch.Tensor], directory: Path, *, fast: bool) -> Arms:
+class Loopback:
+    """In the place of a `bulk.Channel`: a broadcast is a copy, on the device, of this rank's own bytes."""
+
+    def __init__(self, flat: torch.Tensor) -> None:
+        self.ranks = (1, 0)
+        self._bytes = flat.view(torch.uint8)
+        self._sent = 0
+
+    def broadcast(self, data: torch.Tensor, source: int) -> None:
+        data.copy_(self._bytes[self._sent : self._sent + len(data)])
+        self._sent += len(data)
+
+    def finish(self, work: None) -> None:
+        pass
+
+    def settle(self) -> None:
+        torch.cuda.synchronize()
+
+
+def begin_once() -> Callable[..., Callable[[], Blocks]]:
+    """`digests.begin` that reads the tensors of each set of keys only the first time."""
+    begin, known = digests.begin, dict[tuple[str, ...], Blocks]()
+
+    def begun(items: Iterable[TensorItem], *args: Any, **options: Any) -> Callable[[], Blocks]:
+        own = list(items)
+        keys = tuple(item.key for item in own)
+        if keys not in known:
+            known[keys] = begin(own, *args, **options)()
+        return lambda: known[keys]
+
+    return begun
+
+
+def arms(flat: torch.Tensor, tensors: list[torch.Tensor], directory: Path, args: argparse.Namespace) -> Arms:
     state = {f"layers.{number}.weight": tensor for number, tensor in enumerate(tensors)}
     items = list(capture(state).tensors.values())
     coordinator = CheckpointCoordinator([StateComponent("model", Holder(state), SharingPattern.REPLICATED)], directory)
@@ -78,18 +118,30 @@ def arms(flat: torch.Tensor, tensors: list[torch.Tensor], directory: Path, *, fa
     found: Arms = {
         "reduction": lambda: flat.sum().item(),
         "reduction per tensor": lambda: torch.stack([tensor.sum() for tensor in tensors]).cpu(),
-        "digests": lambda: block_digests(items),
+        "digests": lambda: digests.block_digests(items),
         "check, quick": check("quick"),
         "check, tensor": check("tensor"),
-        "check, full": check("full"),
-        "broadcast": lambda: dist.broadcast(flat, 0),
     }
-    if hasattr(torch, "hash_tensor"):
+    if args.one_gpu:
+        copy = torch.empty_like(flat)
+
+        def compare() -> None:
+            found = bytewise._differing_segments(cast(bulk.Channel, Loopback(flat)), items, flat.device, 0)
+            assert not list(found)
+
+        found["compare, no transfer"], found["copy"] = compare, lambda: copy.copy_(flat)
+        if dist.get_rank() != 0:
+            digests.begin = begin_once()
+            return {name: arm if name.startswith("check") else lambda: None for name, arm in found.items()}
+    else:
+        found["check, full"] = check("full")
+        found["broadcast"] = lambda: dist.broadcast(flat, 0)
+    if hasattr(torch, "hash_tensor") and not args.one_gpu:
         words = [tensor.view(torch.int32) for tensor in tensors]
         found["torch.hash_tensor"] = lambda: torch.stack([torch.hash_tensor(one) for one in words]).cpu()
     if flat.device.type == "cpu":
         found["xxh3"] = lambda: xxh3_128(flat.numpy().data.cast("B")).digest()
-    elif not fast:
+    elif not (args.skip_host or args.one_gpu):
         found["copy to the host, xxh3"] = host(lambda data: xxh3_128(data).digest())
         found["copy to the host, SHA-1"] = host(lambda data: hashlib.sha1(data).digest())
     return found
@@ -121,19 +173,21 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--skip-host", action="store_true", help="leave out the arms that hash on the host")
+    parser.add_argument("--one-gpu", action="store_true", help="all ranks share one GPU, which only rank 0 reads")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    number = 0 if args.one_gpu else int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" and not args.one_gpu else "gloo")
     torch.manual_seed(0)
     count = args.mib * 2**20 // 4 // args.tensors // 4 * 4  # whole vectors of 16 bytes, as allocators give them
     flat = torch.randn(count * args.tensors, device=device)
     walls: dict[str, list[float]] = {}
     busy: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        contenders = arms(flat, list(flat.split(count)), Path(directory), fast=args.skip_host)
+        contenders = arms(flat, list(flat.split(count)), Path(directory), args)
         order = random.Random(0)
         for round_number in range(args.rounds + 1):
             names = list(contenders)
@@ -143,7 +197,7 @@ def main() -> None:
                 if round_number:  # the first round warms up
                     walls.setdefault(name, []).append(spent)
         if device.type == "cuda":
-            for name in [name for name in contenders if not name.startswith("copy")] * 3:
+            for name in [name for name in contenders if not name.startswith("copy to")] * 3:
                 busy.setdefault(name, []).append(busy_seconds_of(contenders[name]))
     if dist.get_rank() == 0:
         report(

@@ -195,7 +195,9 @@ def _differing_segments(
 
 def _bytes(chunk: Sequence[Segment], device: torch.device) -> torch.Tensor:
     """The bytes of a chunk, one segment after the other: the tensor's own memory where that is possible."""
-    parts = [memory.byte_range(segment.item.tensor, segment.start, segment.stop).to(device) for segment in chunk]
+    parts = [memory.byte_range(segment.item.tensor, segment.start, segment.stop) for segment in chunk]
+    if device == HOST:
+        parts = [part.cpu() for part in parts]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

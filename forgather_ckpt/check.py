@@ -148,13 +148,17 @@ def _compare_roots(
 
     def roots(numbers: Collection[int], *, on_host: bool) -> dict[str, Root]:
         taken = {}
-        for holding in compared:
-            if holding.number in numbers:
-                tensors = holding.tensors.values()
-                blocks[holding.number] = digests.block_digests(tensors, job.comm.beat, on_host=on_host)
-                root = hashtree.state_digest(_records(holding, blocks[holding.number])).hex()
-                names = "" if on_host else digests.device_names(tensors)
-                taken[str(holding.number)] = (root, names, excluded[holding.number])
+        # devices begin with all portions before the host goes through the first
+        begun = [
+            (holding, digests.begin(holding.tensors.values(), job.comm.beat, on_host=on_host))
+            for holding in compared
+            if holding.number in numbers
+        ]
+        for holding, finish in begun:
+            names = "" if on_host else digests.device_names(holding.tensors.values())
+            blocks[holding.number] = finish()
+            root = hashtree.state_digest(_records(holding, blocks[holding.number])).hex()
+            taken[str(holding.number)] = (root, names, excluded[holding.number])
         return taken
 
     def decide(numbers: Iterable[int], reports: Sequence[Mapping[str, Root]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -124,6 +124,8 @@ class Comm:
         except BaseException as err:
             self._announce_exit(err)
             raise
+        if self.rank != 0:
+            self._store.set(f"heard/{self.rank}", prefix)
         if "error" in verdict:
             raise from_wire(verdict["error"]) from cause
         return verdict["ok"]
@@ -133,6 +135,24 @@ class Comm:
         results: list[T] = []
         self.agree(phase, lambda: results.append(work()))
         return results[0]
+
+    def wait_until_heard(self) -> None:
+        """Before this rank may end: rank 0, whose process may be the one that hosts the store, waits a little until the
+        others have its last verdict."""
+        if self.rank != 0:
+            return
+        prefix = f"{self._operation}/{self._phase}".encode()
+        pending = list(range(1, self.world_size))
+        deadline = time.monotonic() + GRACE_SECONDS
+        with suppress(dist.DistError):
+            while pending := [rank for rank in pending if not (self._has_heard(rank, prefix) or self._is_dead(rank))]:
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.001)
+
+    def _has_heard(self, rank: int, prefix: bytes) -> bool:
+        key = f"heard/{rank}"
+        return self._store.check([key]) and self._store.get(key) == prefix
 
     def beat(self) -> None:
         """Tell the others that this rank makes progress: their deadline starts anew. Cheap, call it often.
@@ -160,7 +180,7 @@ class Comm:
             time.sleep(pause)
             now = time.monotonic()
             if now < next_look:
-                pause = min(pause * 1.2 + 10e-6, 0.002)
+                pause = min((now - started) / 8, 0.002)  # what takes long is seen late by a small part of that
                 continue
             next_look = now + _LIVENESS_SECONDS
             self._store.add(f"waits/{self.rank}", 1)
@@ -280,7 +300,8 @@ class Comm:
         patience = _Patience(self)
         while not self._store.check(list(keys.values())):
             if self._store.check([f"{prefix}/failed"]):
-                break
+                present = {rank: key for rank, key in keys.items() if self._store.check([key])}
+                return {rank: json.loads(self._store.get(key)) for rank, key in present.items()}
             if patience.look_around():
                 pending = [rank for rank, key in keys.items() if not self._store.check([key])]
                 dead = [rank for rank in pending if self._is_dead(rank) and not self._store.check([keys[rank]])]
@@ -292,7 +313,12 @@ class Comm:
                         f"(timeout_seconds); stopped, stuck before this point, or cut off",
                         rank=late[0],
                     )
-        return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._store.check([key])}
+        return dict(enumerate(map(json.loads, self._values(list(keys.values())))))
+
+    def _values(self, keys: list[str]) -> list[bytes]:
+        """Of keys that are there: all in one request, where the store has such."""
+        store: Any = self._store
+        return store.multi_get(keys) if store.has_extended_api() else list(map(store.get, keys))
 
     def _follow(self, prefix: str, phase: str) -> dict[str, Any]:
         key = f"{prefix}/verdict"
@@ -352,7 +378,7 @@ class _Patience:
     def __init__(self, comm: Comm, *, grace_seconds: float = 0.0) -> None:
         self._comm = comm
         self._limit = comm.timeout_seconds + grace_seconds
-        self._pause = 0.0001
+        self._pause = 0.0
         now = time.monotonic()
         self._started = now
         self._next_look = now + _LIVENESS_SECONDS
@@ -361,7 +387,7 @@ class _Patience:
     def look_around(self) -> bool:
         """Sleep a little; True when it is time to ask who is alive."""
         time.sleep(self._pause)
-        self._pause = min(self._pause * 1.5, _MAX_POLL_SECONDS)
+        self._pause = min(self._pause * 1.5 + 20e-6, _MAX_POLL_SECONDS)
         now = time.monotonic()
         if now < self._next_look:
             return False

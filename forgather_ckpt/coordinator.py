@@ -234,6 +234,7 @@ class CheckpointCoordinator:
     def close(self) -> None:
         """Give the run directory back to other jobs. A second call does nothing."""
         self._job.channels.close()
+        self._job.comm.wait_until_heard()
         if self._lease is not None:
             self._lease.release()
             self._lease = None

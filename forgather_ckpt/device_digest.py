@@ -34,6 +34,7 @@ class Run(NamedTuple):
 
     number: int
     data: torch.Tensor
+    address: int
     num_bytes: int
     start: int
     padding: int = 0
@@ -65,32 +66,40 @@ class _Sums(NamedTuple):
 def block_digests(tensors: Sequence[torch.Tensor]) -> list[tuple[bytes, ...]]:
     """The block digests of each tensor, all of them on one device: equal for equal content in C order, in whatever
     layout. An empty tensor has one, of no bytes."""
-    sums = _block_sums([(number, tensor, 0) for number, tensor in enumerate(tensors)])
-    counts = np.bincount(sums.key[:, 0], minlength=len(tensors)).tolist()
+    return begin(tensors)()
+
+
+def begin(tensors: Sequence[torch.Tensor]) -> Callable[[], list[tuple[bytes, ...]]]:
+    """`block_digests` in two steps: the device has begun when this returns, and what it returns waits for it."""
+    finish = _begin_sums([(number, tensor, 0) for number, tensor in enumerate(tensors)])
+    return lambda: _digests(finish(), len(tensors))
+
+
+def _digests(sums: _Sums, num_tensors: int) -> list[tuple[bytes, ...]]:
+    counts = np.bincount(sums.key[:, 0], minlength=num_tensors).tolist()
     digests = sums.lanes.astype(">i8").tobytes()
+    blocks = [digests[at : at + 16] for at in range(0, len(digests), 16)]
+    if len(blocks) == num_tensors and all(counts):  # as thousands of small ones are
+        return [(block,) for block in blocks]
     found: list[tuple[bytes, ...]] = []
     at = 0
     for count in counts:
-        if count == 1:  # thousands of small tensors shall not cost a generator each
-            found.append((digests[at : at + 16],))
-        else:
-            blocks = [digests[i : i + 16] for i in range(at, at + 16 * count, 16)]
-            found.append(tuple(blocks) or (multilinear.digest((0, 0)),))
-        at += 16 * count
+        found.append(tuple(blocks[at : at + count]) or (multilinear.digest((0, 0)),))
+        at += count
     return found
 
 
 def block_lanes(parts: Iterable[tuple[int, torch.Tensor, int]]) -> dict[tuple[int, int], Lanes]:
     """(tensor's number, block) -> lanes, of parts `(number, part, start)`: `start` is where the part's bytes begin in
     those of its tensor. The lanes of all parts of a tensor, on whatever ranks, add up to those of the whole."""
-    sums = _block_sums(parts)
+    sums = _begin_sums(parts)()
     found: dict[tuple[int, int], Lanes] = {}
     for (number, block), (one, other) in zip(sums.key.tolist(), sums.lanes.tolist(), strict=True):
         found[number, block] = multilinear.add([found.get((number, block), (0, 0)), (one, other)])
     return found
 
 
-def _block_sums(parts: Iterable[tuple[int, torch.Tensor, int]]) -> _Sums:
+def _begin_sums(parts: Iterable[tuple[int, torch.Tensor, int]]) -> Callable[[], _Sums]:
     keys: list[Array] = [np.empty((0, 2), dtype=np.int64)]
     lanes: list[torch.Tensor] = []
     paddings: list[tuple[tuple[int, int], Lanes]] = []
@@ -102,14 +111,18 @@ def _block_sums(parts: Iterable[tuple[int, torch.Tensor, int]]) -> _Sums:
         paddings += [
             ((run.number, run.start // BLOCK_BYTES), _negative_length(run.padding)) for run in batch if run.padding
         ]
-    of_tiles = torch.cat(lanes).cpu().numpy() if lanes else keys[0]
-    sums = _added(_Sums(np.concatenate(keys), of_tiles))
-    if not paddings:
-        return sums
-    return _Sums(
-        np.r_[sums.key, np.array([key for key, _ in paddings])],
-        np.r_[sums.lanes, np.array([one for _, one in paddings])],
-    )
+
+    def finish() -> _Sums:
+        of_tiles = torch.cat(lanes).cpu().numpy() if lanes else keys[0]
+        sums = _added(_Sums(np.concatenate(keys), of_tiles))
+        if not paddings:
+            return sums
+        return _Sums(
+            np.r_[sums.key, np.array([key for key, _ in paddings])],
+            np.r_[sums.lanes, np.array([one for _, one in paddings])],
+        )
+
+    return finish
 
 
 def _negative_length(num_bytes: int) -> Lanes:
@@ -122,10 +135,10 @@ def _batches(parts: Iterable[tuple[int, torch.Tensor, int]]) -> Iterator[list[Ru
     batch: list[Run] = []
     copied = 0
     for number, tensor, start in parts:
-        size = tensor.numel() * tensor.element_size()
-        if start % ROW_BYTES == 0 and tensor.data_ptr() % _ALIGNMENT == 0 and memory.is_flat(tensor):
+        size, address = tensor.nbytes, tensor.data_ptr()
+        if start % ROW_BYTES == 0 and address % _ALIGNMENT == 0 and memory.is_flat(tensor):
             if size:
-                batch.append(Run(number, tensor, size, start))
+                batch.append(Run(number, tensor, address, size, start))
             continue
         for first in range(0, size, COPIED_BYTES):
             batch.append(_copied(number, tensor, start, first, min(size, first + COPIED_BYTES)))
@@ -142,14 +155,13 @@ def _copied(number: int, tensor: torch.Tensor, start: int, first: int, last: int
     padding = (start + first) % ROW_BYTES
     data = torch.zeros(padding + last - first, dtype=torch.uint8, device=tensor.device)
     data[padding:] = memory.byte_range(tensor, first, last)
-    return Run(number, data, data.numel(), start + first - padding, padding)
+    return Run(number, data, data.data_ptr(), data.numel(), start + first - padding, padding)
 
 
 def _tiles(batch: Sequence[Run], tile_bytes: int) -> Tiles:
     """Each run in tiles, no tile in two blocks."""
-    address, size, start, number = np.array(
-        [(run.data.data_ptr(), run.num_bytes, run.start, run.number) for run in batch], dtype=np.int64
-    ).T
+    numbers, _, *columns, _ = zip(*batch, strict=True)
+    number, address, size, start = (np.array(column, dtype=np.int64) for column in (numbers, *columns))
     lead = start % tile_bytes
     counts = -(-(lead + size) // tile_bytes)
     owner = np.repeat(np.arange(len(batch)), counts)
@@ -164,7 +176,10 @@ def _added(sums: _Sums) -> _Sums:
     """The lanes of blocks from those of their tiles, which lie together."""
     if not len(sums.key):
         return sums
-    firsts = np.flatnonzero(np.r_[True, (sums.key[1:] != sums.key[:-1]).any(axis=1)])
+    number, block = sums.key.T
+    is_first = np.ones(len(number), dtype=bool)
+    is_first[1:] = (number[1:] != number[:-1]) | (block[1:] != block[:-1])
+    firsts = np.flatnonzero(is_first)
     low = np.add.reduceat(sums.lanes & 0xFFFFFFFF, firsts)
     high = np.add.reduceat(sums.lanes >> 32, firsts)
     # high * 2^32 mod p: of its 61 bits, the upper 29 come back at the bottom

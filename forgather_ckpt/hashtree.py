@@ -12,7 +12,7 @@ inputs collide with probability 2^-128; it does not resist an adversary.
 
 from collections.abc import Iterable, Sequence
 
-from xxhash import xxh3_128
+from xxhash import xxh3_128, xxh3_128_digest
 
 ALGORITHM = "xxh3_128"
 BLOCK_BYTES = 4 << 20
@@ -23,7 +23,7 @@ Buffer = bytes | bytearray | memoryview
 
 def digest(data: Buffer) -> bytes:
     """The digest of one block, of a header, or of a small file: 16 bytes, big-endian as printed."""
-    return xxh3_128(data).digest()
+    return xxh3_128_digest(data)
 
 
 def digest_of_parts(parts: Iterable[Buffer]) -> bytes:
@@ -72,7 +72,8 @@ def state_digest(records: Iterable[tuple[str, bytes, bytes]]) -> bytes:
     order of their names' UTF-8, so that the order in which a dict was filled does not matter here; lengths are
     hashed with the strings, so that no two lists of records look alike.
     """
-    hasher = xxh3_128()
-    for name, structure, item in sorted((name.encode("utf-8"), structure, item) for name, structure, item in records):
-        hasher.update(b"%d:%d:" % (len(name), len(structure)) + name + structure + item)
-    return hasher.digest()
+    parts = []
+    for text, structure, item in sorted(records):  # UTF-8 sorts as its text does
+        name = text.encode("utf-8")
+        parts.append(b"%d:%d:%b%b%b" % (len(name), len(structure), name, structure, item))
+    return digest(b"".join(parts))

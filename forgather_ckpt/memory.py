@@ -22,14 +22,20 @@ _SPAN_BYTES = 8 * BLOCK_BYTES
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's elements in C order as 1-D uint8, sharing its memory where it is contiguous, else a copy."""
-    dense = tensor.detach()
+    dense = tensor.detach() if tensor.requires_grad else tensor
     if not is_flat(dense):
         plain = dense.resolve_conj().resolve_neg()
         # torch cannot copy every type of one byte
         dense = (plain.view(torch.uint8) if plain.element_size() == 1 else plain).contiguous()
+    return _lying_bytes(dense)
+
+
+def _lying_bytes(dense: torch.Tensor) -> torch.Tensor:
+    """Of a tensor that `is_flat`."""
+    if not (count := dense.numel()):
+        return torch.empty(0, dtype=torch.uint8)
     # not reshape(-1), which keeps the stride of a single element, whatever that is, and `view` wants it to be 1
-    flat = dense.as_strided((dense.numel(),), (1,))
-    return flat.view(torch.uint8) if dense.numel() else torch.empty(0, dtype=torch.uint8)
+    return dense.as_strided((count,), (1,)).view(torch.uint8)
 
 
 def is_flat(tensor: torch.Tensor) -> bool:
@@ -43,8 +49,8 @@ def byte_range(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     Shares its memory where it is contiguous; of any other layout, only that range is copied.
     """
     if is_flat(tensor):
-        flat = flat_bytes(tensor)
-        return flat if stop - start == len(flat) else flat[start:stop]
+        flat = _lying_bytes(tensor.detach() if tensor.requires_grad else tensor)
+        return flat if stop - start == tensor.nbytes else flat[start:stop]
     size = tensor.element_size()
     parts = [flat_bytes(part) for part in _element_range(tensor.detach(), start // size, stop // size)]
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else flat_bytes(tensor.flatten()[:0])
@@ -139,7 +145,7 @@ def block_digests(
     spans: list[list[_Part]] = [[]]
     span_bytes = 0
     for item in items:
-        size, is_lying = item.num_bytes, item.tensor.device.type == "cpu" and is_flat(item.tensor)
+        size, is_lying = item.num_bytes, item.tensor.is_cpu and is_flat(item.tensor)
         # what has to be copied is copied by its task, so it is one task's as a whole
         step = _SPAN_BYTES if is_lying else max(1, size)
         for start in range(0, size or 1, step):
@@ -202,7 +208,7 @@ def records(
     """The records of items in the digest of their state (`hashtree.state_digest`), given their tensors' logical
     digests by name."""
     for item in tensors:
-        yield item.key, hashtree.tensor_structure(item.dtype, item.shape, item.box), digests[item.key]
+        yield item.key, item.structure, digests[item.key]
     for value in values:
         yield value.name, b"value", hashtree.digest(value.data)
     for alias in aliases:

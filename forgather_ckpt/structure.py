@@ -5,6 +5,7 @@ value. What is not a tensor is a value and must be plain data (see `values`). Te
 memory: nothing is copied here. Of a DTensor that a mesh cuts, this rank has some boxes, each of them a part.
 """
 
+import functools
 import gc
 import itertools
 from collections import OrderedDict
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from forgather_ckpt import hashtree, names, sharded, strict_json, values
+from forgather_ckpt import hashtree, names, sharded, values
 from forgather_ckpt.boxes import Box
 from forgather_ckpt.dtypes import ITEM_BYTES
 from forgather_ckpt.errors import FormatError, StructureError
@@ -61,7 +62,13 @@ class TensorItem(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return self.tensor.numel() * self.tensor.element_size()
+        return self.tensor.nbytes
+
+    @property
+    def structure(self) -> bytes:
+        """What its record in its state's digest says besides its bytes."""
+        shape = self.tensor.shape if self.whole_shape is None else self.whole_shape
+        return _structure(self.tensor.dtype, shape, self.box)
 
 
 class ShardedItem(NamedTuple):
@@ -156,7 +163,15 @@ class State:
         return sorted(rows)
 
     def structure_digest(self) -> bytes:
-        return hashtree.digest(strict_json.dumps(self.table()))
+        """Equal where the tables are, and only there."""
+        records = [(item.name, item.structure, b"") for item in self._whole().values()]
+        records += [
+            (item.name, hashtree.tensor_structure(item.dtype, item.shape) + b" " + item.layout.encode(), b"")
+            for item in self.sharded.values()
+        ]
+        records += [(item.name, b"value", b"") for item in self.values.values()]
+        records += [(item.name, b"alias " + item.target.encode(), b"") for item in self.aliases.values()]
+        return hashtree.state_digest(records)
 
 
 @contextmanager
@@ -193,7 +208,8 @@ class _Walk:
         self.sharded: dict[str, ShardedItem] = {}
         self.layouts: dict[MeshLayout, str] = {}
         self._order = 0
-        self._owners: dict[Hashable, str] = {}
+        self._owners: dict[Hashable, list[tuple[str, torch.Tensor]]] = {}
+        """By where they begin, the tensors that no other name had before."""
 
     def visit_dict(self, mapping: Mapping[Any, Any], path: Path) -> None:
         odd = [key for key in mapping if type(key) is not str]
@@ -234,19 +250,37 @@ class _Walk:
             if whole is not None and (reason := _why_not_storable(whole)):
                 raise StructureError(reason)
             self._order += 1
-            if (memory := memory_of(tensor)) is not None:
-                owner = self._owners.setdefault(memory, name)
-                if owner != name:
-                    self.aliases[name] = AliasItem(name, self._order, owner)
-                    return
-            if whole is None:
+            if (owner := self._owner(tensor, name)) != name:
+                self.aliases[name] = AliasItem(name, self._order, owner)
+            elif whole is None:
                 self._add_sharded(tensor, name)
+            elif whole is tensor:
+                self.tensors[name] = TensorItem(name, self._order, _without_grad(tensor))
             else:
-                shape, dtensor = (None, None) if whole is tensor else (tuple(tensor.shape), tensor.detach())
-                item = TensorItem(name, self._order, whole.detach(), whole_shape=shape, dtensor=dtensor)
+                shape = tuple(tensor.shape)
+                item = TensorItem(name, self._order, whole.detach(), whole_shape=shape, dtensor=tensor.detach())
                 self.tensors[name] = item
         except StructureError as err:
             raise StructureError(f"{name}: {err.message}") from None
+
+    def _owner(self, tensor: torch.Tensor, name: str) -> str:
+        """The first name of the same tensor. What else two must have in common is asked only where they begin alike."""
+        if type(tensor) in PLAIN_TENSORS:
+            start: Hashable = tensor.data_ptr()
+            if not start:
+                return name
+        elif (start := _memory_of_local(tensor)) is None:
+            return name
+        if (others := self._owners.get(start)) is None:
+            self._owners[start] = [(name, tensor)]
+            return name
+        memory = memory_of(tensor)
+        if memory is not None:
+            for owner, other in others:
+                if memory_of(other) == memory:
+                    return owner
+            others.append((name, tensor))
+        return name
 
     def _local_or_none(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The memory of a tensor of another type that is all on this rank; None where its mesh cuts it."""
@@ -258,8 +292,7 @@ class _Walk:
         layout = sharded.layout_of(tensor)
         own = self.layouts.setdefault(layout, layout_name(layout.layout, len(self.layouts)))
         shape = tuple(tensor.shape)
-        live = tensor.detach() if tensor.requires_grad else tensor  # which costs more for a DTensor than all the rest
-        self.sharded[name] = ShardedItem(name, self._order, live, own)
+        self.sharded[name] = ShardedItem(name, self._order, _without_grad(tensor), own)
         for box, part in sharded.parts(tensor):
             item = TensorItem(name, self._order, part, box, shape, own)
             if reason := _why_not_storable(part):
@@ -282,8 +315,7 @@ def memory_of(tensor: torch.Tensor) -> Hashable | None:
         return _memory_of_local(tensor)
     if not tensor.numel() or tensor.is_conj() or tensor.is_neg():
         return None
-    start = tensor.untyped_storage().data_ptr()
-    return start, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _memory_of_local(tensor: torch.Tensor) -> Hashable | None:
@@ -297,8 +329,19 @@ def _memory_of_local(tensor: torch.Tensor) -> Hashable | None:
     return start, local.storage_offset(), tensor.shape, tensor.placements, tensor.dtype, local.device
 
 
+def _without_grad(tensor: Any) -> Any:
+    """The tensor, of which a view is made only where it must be: that would cost more than all the rest."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@functools.lru_cache(1 << 14)  # thousands of tensors are alike
+def _structure(dtype: torch.dtype, shape: tuple[int, ...], box: Box | None) -> bytes:
+    return hashtree.tensor_structure(dtype_name(dtype), shape, box)
 
 
 def _too_deep(path: Path) -> StructureError:
@@ -324,7 +367,12 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor) or (type(value) in (list, tuple) and any(map(_holds_tensor, value)))
 
 
+_STORABLE = frozenset(getattr(torch, name) for name in ITEM_BYTES if hasattr(torch, name))
+
+
 def _why_not_storable(tensor: torch.Tensor) -> str | None:
+    if _is_plain(tensor) and tensor.dtype in _STORABLE:
+        return None
     if type(tensor) not in PLAIN_TENSORS:
         return f"tensors of type {type(tensor).__name__} cannot be checkpointed; return plain tensors"
     if tensor.is_nested:
@@ -335,9 +383,15 @@ def _why_not_storable(tensor: torch.Tensor) -> str | None:
         return "quantized tensors cannot be checkpointed; store int_repr(), scale and zero point"
     if tensor.layout != torch.strided:
         return f"tensors of layout {tensor.layout} cannot be checkpointed; store their indices and values"
-    if dtype_name(tensor.dtype) not in ITEM_BYTES:
-        return f"tensors of dtype {tensor.dtype} cannot be checkpointed; convert them"
-    return None
+    return f"tensors of dtype {tensor.dtype} cannot be checkpointed; convert them"
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) in PLAIN_TENSORS
+        and tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.is_meta or tensor.is_quantized)
+    )
 
 
 def restore(items: Iterable[tuple[int, str, Any]]) -> dict[Any, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -359,6 +360,52 @@ def test_rank_0_may_exit_as_soon_as_it_has_spoken():
         return comm.agree("the last phase", lambda: time.sleep(0.3 if rank == 0 else 0) or rank, lambda ranks: ranks)
 
     assert the_same(values(run_ranks(3, case))) == [0, 1, 2]
+
+
+class LooksSeldom:
+    """A store whose verdicts are asked for only every now and then."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+
+    def check(self, keys: list[str]) -> bool:
+        if keys[0].endswith("/verdict"):
+            time.sleep(0.1)
+        return self._store.check(keys)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rank_0_may_host_the_store_and_exit_after_closing(tmp_path: Path, fails: bool):
+    """As without torchrun, and where agents do not share their store with the ranks."""
+
+    def case(rank: int, world_size: int, port: int) -> Any:
+        store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        box = Box({"weight": rank})
+        box.fail_save = ValueError("not now") if fails and rank == 0 else None
+        coordinator = CheckpointCoordinator(
+            [StateComponent("own", box, SharingPattern.PER_RANK)], tmp_path, timeout_seconds=30
+        )
+        comm = coordinator._job.comm
+        if rank != 0:
+            comm._store = LooksSeldom(comm._store)  # type: ignore[assignment]
+        with coordinator:
+            if fails:
+                told = refusal(lambda: coordinator.save_checkpoint(1))[1]
+            else:
+                told = coordinator.save_checkpoint(1).name
+        if rank == 0:
+            os._exit(0)
+        return told
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    outcomes = run_ranks(3, lambda rank, size: case(rank, size, port), backend=None, expect_dead=[0])
+    told = the_same(values(outcomes))
+    assert ("on rank 0:" in told and "not now" in told) if fails else told == "checkpoint-1", told
 
 
 def test_operations_leave_nothing_behind_in_the_store(monkeypatch):

@@ -287,6 +287,37 @@ def test_messages_of_an_earlier_generation_in_the_same_store_confuse_nobody(late
 
 
 @pytest.mark.multiprocess
+def test_generations_of_other_sizes_with_other_ranks_in_the_same_store_confuse_nobody():
+    """An elastic restart with fewer machines, and with more again: who lives on has another rank."""
+    sizes = [4, 3, 4, 2, 4]
+
+    def case(process: int, num_processes: int) -> list[list[int]]:
+        store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]))
+        results = []
+        for generation, size in enumerate(sizes):
+            store.add(f"ready/{generation}", 1)
+            while store.add(f"ready/{generation}", 0) < num_processes:
+                time.sleep(0.01)
+            rank = (process + generation) % num_processes
+            if rank >= size:
+                continue
+            discovery._connections = itertools.count()
+            os.environ.update({"RANK": f"{rank}", "WORLD_SIZE": f"{size}"})
+            comm, topology = connect(lambda: None, timeout_seconds=30)
+            assert (topology.rank, topology.world_size) == (rank, size)
+            comm.begin_operation()
+            results.append(comm.agree("counting", lambda generation=generation, rank=rank: [generation, rank], list))
+            if rank == 0:  # it dies when it has spoken once more, and the others have not heard it
+                comm._post("1/2/0", {"ok": "stale"})
+                comm._post("1/2/verdict", {"ok": "stale"})
+        return results
+
+    for process, results in enumerate(values(run_ranks(4, case, backend=None))):
+        took_part = [generation for generation, size in enumerate(sizes) if (process + generation) % 4 < size]
+        assert results == [[[generation, rank] for rank in range(sizes[generation])] for generation in took_part]
+
+
+@pytest.mark.multiprocess
 def test_an_earlier_generation_that_was_killed_while_connecting_confuses_nobody():
     def case(rank: int, world_size: int) -> list[int]:
         store = dist.PrefixStore("forgather_ckpt/0", dist.distributed_c10d._get_default_store())

@@ -32,6 +32,7 @@ from forgather_ckpt import (
     mismatch,
 )
 from forgather_ckpt.comm import Comm
+from forgather_ckpt.digests import Blocks
 from forgather_ckpt.errors import ReplicaMismatch
 from tests.components import Box, Trainer, is_same, listing, refusal, the_same
 from tests.ranks import run_ranks, values
@@ -361,7 +362,7 @@ def test_a_copy_anywhere_in_memory_can_be_compared_byte_by_byte(tmp_path: Path):
             [StateComponent("x", box, REPLICATED)], tmp_path, timeout_seconds=600
         ) as coordinator:
             before = verdicts(coordinator.validate_replication("full"))
-            with mock.patch.object(digests, "block_digests", same_digests):
+            with mock.patch.object(digests, "begin", same_digests):
                 whole[200_000] += rank
                 return before, verdicts(coordinator.validate_replication("full"))
 
@@ -591,9 +592,10 @@ def test_the_report_has_the_figures_of_every_item_and_is_left_as_json(level: str
 # ---- what digests cannot tell
 
 
-def same_digests(items: Any, on_progress: Any = None, *, on_host: bool = False) -> dict[str, tuple[bytes, ...]]:
+def same_digests(items: Any, on_progress: Any = None, *, on_host: bool = False) -> Callable[[], Blocks]:
     """Of all bytes alike: a hash that has failed."""
-    return {item.name: (bytes(16),) * max(1, -(-item.num_bytes // BLOCK_BYTES)) for item in items}
+    found = {item.name: (bytes(16),) * max(1, -(-item.num_bytes // BLOCK_BYTES)) for item in items}
+    return lambda: found
 
 
 def test_full_compares_the_bytes_and_needs_no_digest(tmp_path: Path):
@@ -609,7 +611,7 @@ def test_full_compares_the_bytes_and_needs_no_digest(tmp_path: Path):
         box = Box(state)
         results = []
         with (
-            mock.patch.object(digests, "block_digests", same_digests),
+            mock.patch.object(digests, "begin", same_digests),
             CheckpointCoordinator([StateComponent("x", box, REPLICATED)], tmp_path, timeout_seconds=600) as coordinator,
         ):
             results.append(verdicts(coordinator.validate_replication("full")))

@@ -40,7 +40,7 @@ def on_device(*names: str) -> Iterator[Any]:
     def is_on_host(item: TensorItem) -> bool:
         return item.name not in names
 
-    taken = mock.patch.object(device_digest, "block_digests", wraps=device_digest.block_digests)
+    taken = mock.patch.object(device_digest, "begin", wraps=device_digest.begin)
     with mock.patch.object(digests, "is_on_host", is_on_host), taken as calls:
         yield calls
 

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.multiprocess
 REPLICATED, PER_GROUP = SharingPattern.REPLICATED, SharingPattern.PER_GROUP
 
 PLACES: dict[str, tuple[Any, str, str]] = {
-    "roots": (digests, "block_digests", "comparing the copies"),
+    "roots": (digests, "begin", "comparing the copies"),
     "making a group": (bulk, "_group", "comparing all bytes"),
     "all bytes": (bytewise, "_bytes", "comparing all bytes"),
     "leaves": (mismatch, "_leaf_column", "finding the items that differ"),

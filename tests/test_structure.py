@@ -172,6 +172,18 @@ def test_tensors_that_only_share_memory_are_stored_each(one, other):
     assert (len(state.tensors), len(state.aliases)) == (2, 0)
 
 
+def test_each_of_several_views_that_begin_alike_has_its_own_second_names():
+    items = {"all": BASE, "half": BASE[:6], "table": BASE.view(3, 4), "half too": BASE[:6], "all too": BASE[:]}
+    aliases = {alias.name: alias.target for alias in capture(items).aliases.values()}
+    assert aliases == {"half too": "half", "all too": "all"}
+
+
+def test_arrays_that_share_memory_are_tied_whichever_way_they_came_by_it():
+    array = np.arange(12.0)
+    state = capture({"view": torch.from_numpy(array)[4:], "part": torch.from_numpy(array[4:])})
+    assert state.aliases == {"part": AliasItem("part", 2, "view")}
+
+
 # ---- what cannot be stored
 
 Pair = collections.namedtuple("Pair", "x y")
