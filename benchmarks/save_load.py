@@ -141,6 +141,18 @@ def timed(action: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+def join_job(scratch: str | None) -> tuple[torch.device, Path]:
+    """This rank's device, and a directory that all ranks use."""
+    torch.set_num_threads(1)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
+    shared = [tempfile.mkdtemp(dir=scratch) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared)
+    return device, Path(str(shared[0]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=float, default=1024)
@@ -148,14 +160,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dir", default=None, help="scratch space (default: the temporary directory)")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
-    shared = [tempfile.mkdtemp(dir=args.dir) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(shared)
-    directory = Path(str(shared[0]))
+    device, directory = join_job(args.dir)
     state = make_state(args.tensors, args.mib, device)
     seconds: dict[str, tuple[list[float], list[float]]] = {}
     try:

@@ -14,14 +14,13 @@ import os
 import random
 import shutil
 import statistics
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from save_load import Holder, remove_contents, timed
+from save_load import Holder, join_job, remove_contents, timed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -73,15 +72,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dir", default=None, help="scratch space (default: the temporary directory)")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
+    device, directory = join_job(args.dir)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    shared = [tempfile.mkdtemp(dir=args.dir) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(shared)
-    directory = Path(str(shared[0]))
     rows, columns = (make_state(mesh, args.tensors, args.mib, dim) for dim in (0, 1))
     seconds: dict[tuple[str, str], list[float]] = {}
     order = random.Random(0)

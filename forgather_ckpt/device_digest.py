@@ -109,7 +109,7 @@ def _begin_sums(parts: Iterable[tuple[int, torch.Tensor, int]]) -> Callable[[], 
         keys.append(tiles.key)
         lanes.append(take_lanes(tiles, batch))
         paddings += [
-            ((run.number, run.start // BLOCK_BYTES), _negative_length(run.padding)) for run in batch if run.padding
+            ((run.number, run.start // BLOCK_BYTES), multilinear.length(-run.padding)) for run in batch if run.padding
         ]
 
     def finish() -> _Sums:
@@ -123,11 +123,6 @@ def _begin_sums(parts: Iterable[tuple[int, torch.Tensor, int]]) -> Callable[[], 
         )
 
     return finish
-
-
-def _negative_length(num_bytes: int) -> Lanes:
-    first, second = (-num_bytes * key % PRIME for key in multilinear.length_keys())
-    return first, second
 
 
 def _batches(parts: Iterable[tuple[int, torch.Tensor, int]]) -> Iterator[list[Run]]:

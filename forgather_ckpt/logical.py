@@ -10,15 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-from forgather_ckpt import device_digest, digests, multilinear
+from forgather_ckpt import device_digest, digests, memory, multilinear
 from forgather_ckpt.boxes import Box, inside, overlap, rectangles, volume, whole_box
 from forgather_ckpt.digests import Blocks
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.index import Lanes
 from forgather_ckpt.structure import TensorItem
-
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-"""By size of an element: torch cannot copy every dtype, but all bits of one of the same size."""
 
 
 def lanes(items: Iterable[TensorItem], known: Blocks) -> dict[str, Lanes]:
@@ -105,7 +102,7 @@ def _runs(parts: list[_Part]) -> Iterator[tuple[int, torch.Tensor, int]]:
 
 def _filled(part: _Part, start: int, stop: int) -> torch.Tensor:
     """The elements `start` to `stop` of the whole tensor, zero where the part does not have them."""
-    words = _WORDS[part.item.tensor.element_size()]
+    words = memory.WORDS[part.item.tensor.element_size()]
     source = part.item.tensor.view(words)
     buffer = torch.zeros(stop - start, dtype=words, device=source.device)
     position = 0

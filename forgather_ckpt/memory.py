@@ -14,6 +14,9 @@ from forgather_ckpt import hashtree
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.structure import AliasItem, TensorItem, ValueItem
 
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+"""By size of an element: torch cannot copy every dtype, but all bits of one of the same size."""
+
 _buffers = threading.local()
 
 _SPAN_BYTES = 8 * BLOCK_BYTES

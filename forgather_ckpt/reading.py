@@ -19,9 +19,6 @@ from forgather_ckpt.pieces import Block, damaged, requests
 
 IN_FLIGHT = 16
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-"""By size of an element."""
-
 
 class Region(NamedTuple):
     """A part of a tensor in memory: `tensor` has the shape of `box`, any strides, and lies on any device."""
@@ -118,7 +115,7 @@ def _give(block: Block[Wanted], verified: torch.Tensor) -> None:
     dtype, target = getattr(torch, row.dtype), destination.tensor
     if target.dtype == dtype:
         # torch cannot copy every dtype, but all bits of one of the same size
-        dtype = _WORDS[ITEM_BYTES[row.dtype]]
+        dtype = memory.WORDS[ITEM_BYTES[row.dtype]]
         target = target.view(dtype)
     elements = verified.view(dtype)
     position = 0
