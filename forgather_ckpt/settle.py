@@ -5,18 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forgather_ckpt.comm import Comm
-from forgather_ckpt.component import StateComponent
-from forgather_ckpt.declarations import agreed
-from forgather_ckpt.errors import CheckpointError, RankFailed, StructureError
-from forgather_ckpt.memory import wait_for_devices
-from forgather_ckpt.patterns import TRAITS
-from forgather_ckpt.portions import (
+from forgather_ckpt.agreement import (
     Contribution,
-    Declared,
     Entry,
-    Portion,
-    Report,
     Table,
     contributions,
     differing_sets,
@@ -25,6 +16,13 @@ from forgather_ckpt.portions import (
     first_difference,
     first_problem,
 )
+from forgather_ckpt.comm import Comm
+from forgather_ckpt.component import StateComponent
+from forgather_ckpt.declarations import agreed
+from forgather_ckpt.errors import CheckpointError, RankFailed, StructureError
+from forgather_ckpt.memory import wait_for_devices
+from forgather_ckpt.patterns import TRAITS
+from forgather_ckpt.portions import Declared, Portion, Report
 from forgather_ckpt.structure import State, capture
 from forgather_ckpt.topology import Topology
 

@@ -22,7 +22,7 @@ LAYERS = [
     # decisions: pure
     ("plan", "replication", "resume", "pieces", "parting", "matching"),
     ("portions", "differences", "comparison"),
-    ("inventory",),
+    ("inventory", "agreement"),
     # the file system
     ("files", "liveness"),
     ("lease", "catalog", "environment"),

@@ -5,24 +5,19 @@ import math
 import pytest
 
 from forgather_ckpt import strict_json
-from forgather_ckpt.boxes import Layout, Shard, local_boxes, volume
-from forgather_ckpt.errors import StructureError
-from forgather_ckpt.patterns import TRAITS, SharingPattern
-from forgather_ckpt.portions import (
-    WHOLE,
-    Declared,
+from forgather_ckpt.agreement import (
     Entry,
-    Held,
-    Portion,
-    Report,
     contributions,
     differing_sets,
     entry_of_one,
     entry_of_several,
     first_difference,
     first_problem,
-    layout_name,
 )
+from forgather_ckpt.boxes import Layout, Shard, local_boxes, volume
+from forgather_ckpt.errors import StructureError
+from forgather_ckpt.patterns import TRAITS, SharingPattern
+from forgather_ckpt.portions import WHOLE, Declared, Held, Portion, Report, layout_name
 from forgather_ckpt.topology import Group, Topology
 
 GLOBAL, PER_RANK, REPLICATED, PER_GROUP, PER_NODE = (
