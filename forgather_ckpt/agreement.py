@@ -292,7 +292,7 @@ def _reaches_outside(given: Contribution, mesh: Ranks, missing: Sequence[int]) -
         what = "REPLICATED" if given.component.pattern is SharingPattern.GLOBAL else "names='global'"
         problem = f"are outside the set {given.entry!r}, whose state is stored by itself; declare {what}"
     return StructureError(
-        f"component {given.component.key!r}: tensors are cut over the ranks {describe(mesh)}, of which "
+        f"component {given.component.key!r}: tensors are cut over the ranks {describe(mesh)}, of which rank(s) "
         f"{describe(tuple(missing))} {problem}",
         rank=missing[0],
         component=given.component.key,

@@ -11,16 +11,20 @@ from forgather_ckpt.component import Available, StateDict, Target
 from forgather_ckpt.errors import DeclarationError, LoadMismatch, StructureError
 from forgather_ckpt.names import decode_path
 
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+"""What `torch.compile` and activation checkpointing call the module inside."""
+
 
 def unwrapped_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A module's parameters, under the names that they have without DDP around it and `torch.compile` anywhere.
+    """A module's parameters, under the names that they have without DDP around it, and without `torch.compile` and
+    activation checkpointing anywhere.
 
     A wrapper is what has one child, called `module` or `_orig_mod`, and no parameters of its own.
     """
     while [name for name, _ in module.named_children()] in (["module"], ["_orig_mod"]) and not module._parameters:
         [module] = module.children()
     for name, parameter in module.named_parameters():
-        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), parameter
+        yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), parameter
 
 
 class NamedOptimizer:

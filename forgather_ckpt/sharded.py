@@ -47,7 +47,8 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 
 def layout_of(tensor: "DTensor") -> MeshLayout:
-    """`StructureError` for placements that hold sums of which each rank has a part only."""
+    """`StructureError` for placements that hold sums of which each rank has a part only, and for meshes of which torch
+    itself does not keep the order."""
     return mesh_layout(tensor.device_mesh, tuple(tensor.placements))
 
 
@@ -55,6 +56,13 @@ def layout_of(tensor: "DTensor") -> MeshLayout:
 def mesh_layout(mesh: "DeviceMesh", placements: tuple["Placement", ...]) -> MeshLayout:
     shape = tuple(mesh.mesh.shape)
     known = tuple(_placement(one) if size > 1 else None for one, size in zip(placements, shape, strict=True))
+    for axis, one in enumerate(known):
+        # Process groups sort their ranks: what torch scatters and gathers along such an axis is not where the mesh says.
+        if one is not None and bool((mesh.mesh.diff(dim=axis) < 0).any()):
+            raise StructureError(
+                f"a DTensor cannot be checkpointed on the mesh {mesh.mesh.tolist()}: its ranks do not ascend along axis "
+                f"{axis}, which cuts the tensor, and torch cuts in the order of ranks; make the mesh with ascending ranks there"
+            )
     return MeshLayout(Layout(shape, known), tuple(mesh.mesh.flatten().tolist()))
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as TorchShard
@@ -251,6 +251,33 @@ def test_sums_of_which_ranks_have_parts_are_refused():
         return caught.value.message
 
     assert all("Partial" in message and "redistribute it first" in message for message in values(run_ranks(2, case)))
+
+
+@pytest.mark.parametrize(("ranks", "axis"), [([3, 1, 0, 2], 0), ([[2, 0], [1, 3]], 1), ([[2, 3], [0, 1]], 0)])
+def test_a_mesh_whose_ranks_do_not_ascend_where_it_cuts_is_refused(ranks: list, axis: int):
+    """Process groups sort their ranks, so `fully_shard` gives rank 0 the first part of all, wherever it is on the mesh."""
+
+    def case(rank: int, world_size: int) -> str:
+        mesh = DeviceMesh("cpu", torch.tensor(ranks))
+        placements = [TorchShard(0) if number == axis else Replicate() for number in range(mesh.ndim)]
+        with pytest.raises(StructureError) as caught:
+            sharded.parts(distribute_tensor(torch.arange(8.0), mesh, placements))
+        return caught.value.message
+
+    wanted = f"its ranks do not ascend along axis {axis}, which cuts the tensor"
+    assert all(wanted in message for message in values(run_ranks(4, case)))
+
+
+def test_a_mesh_whose_ranks_do_not_ascend_where_it_copies_is_read_as_torch_reads_it():
+    whole = torch.arange(8.0)
+
+    def case(rank: int, world_size: int) -> None:
+        mesh = DeviceMesh("cpu", torch.tensor([[2, 3], [0, 1]]))
+        tensor = distribute_tensor(whole.clone(), mesh, [Replicate(), TorchShard(0)])
+        assert torch.equal(tensor.full_tensor(), whole)
+        assert_parts_are_those_of(tensor, whole)
+
+    values(run_ranks(4, case))
 
 
 def test_a_local_part_of_another_shape_than_the_placements_say_is_refused():

@@ -299,6 +299,13 @@ REFUSED: dict[str, tuple[Callable[[DeviceMesh], StateComponent], str]] = {
         lambda mesh: StateComponent("part", Box({"x": cut(torch.ones(2), mesh, Partial())}), SharingPattern.REPLICATED),
         "x: a DTensor with the placement Partial(sum) cannot be checkpointed: no rank has its elements; redistribute it first",
     ),
+    "a mesh whose ranks do not ascend along an axis that cuts, such as `[1, 0]`": (
+        lambda mesh: StateComponent(
+            "part", Box({"x": cut(torch.ones(2), DeviceMesh("cpu", [1, 0]), Shard(0))}), SharingPattern.REPLICATED
+        ),
+        "x: a DTensor cannot be checkpointed on the mesh [1, 0]: its ranks do not ascend along axis 0, which cuts the tensor, "
+        "and torch cuts in the order of ranks; make the mesh with ascending ranks there",
+    ),
     "a local part that is a tensor subclass made of several tensors (quantized weights)": (
         lambda mesh: StateComponent(
             "part", Box({"x": cut(Pair(torch.ones(2), torch.ones(2)), mesh, Shard(0))}), SharingPattern.REPLICATED
@@ -308,7 +315,7 @@ REFUSED: dict[str, tuple[Callable[[DeviceMesh], StateComponent], str]] = {
     ),
     "`PER_GROUP` or `PER_RANK` with local names, and a mesh that reaches outside of the set": (
         lambda mesh: StateComponent("part", Box({"x": cut(torch.ones(2), mesh, Shard(0))}), PER_RANK),
-        "tensors are cut over the ranks 0-1, of which 1 are outside the set 'rank=0', whose state is stored by itself; "
+        "tensors are cut over the ranks 0-1, of which rank(s) 1 are outside the set 'rank=0', whose state is stored by itself; "
         "declare names='global'",
     ),
 }

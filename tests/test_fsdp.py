@@ -168,7 +168,7 @@ def test_parameters_and_moments_are_stored_once_and_by_all(tmp_path):
         "optimizer": ("replicated", "global", ["all"]),
         "scheduler": ("replicated", "global", ["all"]),
         "trainer": ("replicated", "global", ["all"]),
-        "callbacks": ("global", "global", ["all"]),
+        "callbacks": ("per_rank", "local", [f"rank={rank}" for rank in range(4)]),
         "dataset": ("per_rank", "local", [f"rank={rank}" for rank in range(4)]),
         "rng": ("per_rank", "local", [f"rank={rank}" for rank in range(4)]),
     }

@@ -203,7 +203,7 @@ def test_b1_the_group_is_the_ranks_that_hold_identical_state(tmp_path, kind, gro
         "optimizer": ("per_group", "global", "dp", ["all"]),
         "scheduler": ("replicated", "global", None, ["all"]),
         "trainer": ("replicated", "global", None, ["all"]),
-        "callbacks": ("global", "global", None, ["all"]),
+        "callbacks": ("per_rank", "local", None, [f"rank={rank}" for rank in range(kind.world_size)]),
         "dataset": ("global", "global", None, ["all"]),
         "rng": ("per_rank", "local", None, [f"rank={rank}" for rank in range(kind.world_size)]),
     }

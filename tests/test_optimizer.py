@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from forgather_ckpt import CheckpointCoordinator, NamedOptimizer, SharingPattern, StateComponent
 from forgather_ckpt.component import Available, Target
@@ -356,6 +357,12 @@ def test_names_are_those_without_compile_and_a_submodule_may_be_called_module():
     assert sorted(name for name, _ in unwrapped_parameters(model)) == [
         "compiled.bias", "compiled.weight", "module.bias", "module.weight", "weight.bias", "weight.weight",
     ]  # fmt: skip
+
+
+def test_names_are_those_of_the_state_dict_with_activation_checkpointing():
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2)), nn.Sequential(checkpoint_wrapper(nn.Linear(2, 1))))
+    assert [name for name, _ in unwrapped_parameters(model)] == list(model.state_dict())
+    assert [name for name, _ in unwrapped_parameters(checkpoint_wrapper(nn.Linear(2, 2)))] == ["weight", "bias"]
 
 
 class Counting(torch.optim.SGD):

@@ -5,13 +5,14 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.utils.data import default_collate
 
 from forgather_ckpt.data import SeededItems
@@ -475,6 +476,28 @@ def test_b35_other_stages_schedules_and_trainers_go_on_from_what_was_saved(tmp_p
     assert read == epoch_order(GlobalPosition(NUM_SAMPLES, seed=42)).tolist()[: len(read)]
 
 
+@pytest.mark.parametrize(
+    "schedule", [partial(StepLR, step_size=1, gamma=0.5), partial(CosineAnnealingLR, T_max=8)], ids=["step", "cosine"]
+)
+def test_a_schedule_goes_on_alike_where_a_rank_has_no_parameter_of_a_group(tmp_path, schedule):
+    """Such a schedule makes each learning rate from the one before, which of an empty group no parameter's item tells."""
+    kind = KINDS[1]
+
+    def life(directory: Path, max_steps: int) -> tuple[list[float], dict[str, Any]]:
+        torch.manual_seed(0)
+        model = Tower()
+        first = [parameter for name, parameter in model.named_parameters() if name.startswith("blocks.0")]
+        others = [parameter for name, parameter in model.named_parameters() if not name.startswith("blocks.0")]
+        optimizer = torch.optim.SGD([{"params": first, "lr": 0.1}, {"params": others}], lr=0.01)
+        options = {"optimizer": optimizer, "lr_scheduler": schedule(optimizer), "max_steps": max_steps}
+        trainer = kind.trainer(model, directory, **options)
+        trainer.train()
+        return trainer.lr_scheduler.get_last_lr(), digests({"model": trainer.model.state_dict()})
+
+    kind.run(lambda: life(tmp_path / "in two", 3))
+    assert kind.run(lambda: life(tmp_path / "in two", 6)) == kind.run(lambda: life(tmp_path / "at once", 6))
+
+
 @pytest.mark.parametrize("kind", [KINDS[1], KINDS[6]], ids=str)
 def test_a_model_of_other_blocks_is_not_loaded(tmp_path, kind):
     kind.run(lambda: kind.trainer(Tower(6), tmp_path, max_steps=1).train())
@@ -494,7 +517,7 @@ def test_the_manifest_says_how_a_pipeline_shares_its_state(tmp_path):
         "optimizer": ("per_rank", "global", ["all"]),
         "scheduler": ("replicated", "global", ["all"]),
         "trainer": ("replicated", "global", ["all"]),
-        "callbacks": ("global", "global", ["all"]),
+        "callbacks": ("per_rank", "local", ["rank=0", "rank=1"]),
         "dataset": ("global", "global", ["all"]),
         "rng": ("per_rank", "local", ["rank=0", "rank=1"]),
     }
@@ -609,6 +632,45 @@ def test_b46_callbacks_are_told_apart_by_name_and_not_by_place(tmp_path, caplog)
     assert "callback 'new' is not in the checkpoint, and starts fresh" in caplog.text
     assert life(4) == []
     assert "the checkpoint has the state of a callback 'a', which this run does not have" in caplog.text
+
+
+class MeanWeights:
+    """Keeps a moving average of this rank's share of the model."""
+
+    def __init__(self) -> None:
+        self.means: dict[str, torch.Tensor] = {}
+
+    def __call__(self, trainer: Trainer) -> None:
+        for name, parameter in trainer.model.named_parameters():
+            self.means[name] = 0.9 * self.means.get(name, 0.0) + 0.1 * parameter.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"means": dict(self.means)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.means = state_dict["means"]
+
+
+def test_what_a_callback_keeps_of_its_own_stage_comes_back_to_it_and_is_never_given_to_another(tmp_path):
+    def life(max_steps: int) -> dict[str, list[float]]:
+        torch.manual_seed(0)
+        callback = MeanWeights()
+        settings = {"max_steps": max_steps, "lr_scheduler_type": "constant"}
+        KINDS[1].trainer(Tower(), tmp_path / f"{LIVES}", **settings, on_step_end=[callback]).train()
+        return {name: mean.flatten().tolist() for name, mean in callback.means.items()}
+
+    LIVES = 1
+    whole = KINDS[1].run(lambda: life(4))
+    LIVES = 2
+    KINDS[1].run(lambda: life(2))
+    assert KINDS[1].run(lambda: life(4)) == whole
+    assert whole[0].keys() != whole[1].keys()
+
+    def fewer() -> None:
+        ONE.trainer(Tower(), tmp_path / "2", max_steps=5, on_step_end=[MeanWeights()]).train()
+
+    with pytest.raises(LoadMismatch, match="callbacks kept other items on some ranks than on others"):
+        fewer()
 
 
 def test_two_callbacks_of_one_name_are_refused(tmp_path):

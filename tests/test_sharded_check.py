@@ -259,7 +259,7 @@ def test_parts_of_which_no_copy_is_the_majoritys_come_from_the_same_replica(leve
     whether they do, and with two of them neither is the majority."""
 
     def case(rank: int, world_size: int) -> torch.Tensor:
-        mesh = DeviceMesh("cpu", torch.tensor([[0, 3], [2, 1]]), mesh_dim_names=("rep", "shard"))
+        mesh = DeviceMesh("cpu", torch.tensor([[0, 3], [1, 2]]), mesh_dim_names=("rep", "shard"))
         replica = mesh.get_coordinate()[0]
         own = DTensor.from_local(torch.full((2,), float(replica)), mesh, [Replicate(), Shard(0)], run_check=False)
         declared = [StateComponent("model", Box({"w": own}), REPLICATED, validation_level=level)]  # type: ignore[arg-type]

@@ -373,7 +373,7 @@ def test_one_process_declares_its_state_global_and_the_generators_last(tmp_path,
         ("scheduler", "global", "none"),
         *scaler,
         ("trainer", "global", "none"),
-        ("callbacks", "global", "none"),
+        ("callbacks", "per_rank", "none"),
         ("dataset", "global", "none"),
         ("rng", "per_rank", "none"),
     ]
@@ -393,7 +393,7 @@ def test_ddp_declares_its_state_replicated_and_its_data_by_who_reads_it(tmp_path
                 ("optimizer", "replicated", "quick"),
                 ("scheduler", "replicated", "quick"),
                 ("trainer", "replicated", "quick"),
-                ("callbacks", "global", "none"),
+                ("callbacks", "per_rank", "none"),
                 ("dataset", "global" if dispatch_batches else "per_rank", "none"),
                 ("rng", "per_rank", "none"),
             ]

@@ -1,8 +1,13 @@
 """The state of the functions that a trainer calls, under names that do not depend on their order."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
+
+from forgather_ckpt.component import StateDict
+from forgather_ckpt.errors import LoadMismatch
+from forgather_ckpt.structure import capture
+from forgather_ckpt.topology import Topology
 
 logger = logging.getLogger(__name__)
 
@@ -14,8 +19,25 @@ class HasState(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
+def taken_over(saved: Sequence[StateDict], old: Topology, new: Topology) -> StateDict:
+    """For another number of ranks: rank 0's state, if all ranks had the same names, dtypes and shapes.
+
+    `LoadMismatch` where they had not: what a callback keeps of a part of the model that only some ranks have (an average
+    of a stage's weights, say) belongs in a component of its own, with the pattern of that part.
+    """
+    if len({capture(state).structure_digest() for state in saved}) > 1:
+        raise LoadMismatch(
+            "callbacks kept other items on some ranks than on others, which cannot be dealt out over another number of "
+            "ranks; declare such state as a component of its own, in the trainer's get_state_components, with "
+            'names="global" and the names of the model'
+        )
+    return saved[0]
+
+
 class CallbackStates:
     """What those of the callbacks hold that have `state_dict` and `load_state_dict`.
+
+    Each rank's are its own, and come back to it; on another number of ranks all get rank 0's (`taken_over`).
 
     Each is saved under its attribute `name`, or else that of its class. Callbacks may come and go between runs: a new
     one starts fresh, the state of one that is gone is left in the checkpoint, and either is told.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import default_collate
 
 from forgather_ckpt.component import StateComponent
+from forgather_ckpt.coordinator import CheckpointCoordinator
 from forgather_ckpt.data.batches import Batch, Samples
 from forgather_ckpt.data.dispatch import DispatchingLoader
 from forgather_ckpt.data.loader import StatefulLoader
@@ -178,6 +180,15 @@ class PipelineTrainer(DistributedTrainer):
                 if pipeline == tuple(members) and group is not dist.GroupMember.NON_GROUP_MEMBER:
                     found[ranks] = group
         return found
+
+    def resume(self, coordinator: CheckpointCoordinator) -> Path | None:
+        path = super().resume(coordinator)
+        if path is not None:
+            # A group without parameters here is stored with those of other ranks; many schedules go on from its rate.
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                if not group["params"]:
+                    group["lr"] = rate
+        return path
 
     # The data
 

@@ -25,7 +25,7 @@ from forgather_ckpt.optimizer import NamedOptimizer
 from forgather_ckpt.patterns import SharingPattern, ValidationLevel
 from forgather_ckpt.rng import RNGState
 from forgather_ckpt.trainers.arguments import TrainingArguments
-from forgather_ckpt.trainers.callbacks import CallbackStates
+from forgather_ckpt.trainers.callbacks import CallbackStates, taken_over
 from forgather_ckpt.trainers.progress import Progress, TrainResult
 from forgather_ckpt.trainers.schedule import is_multiple, lr_factor
 
@@ -272,7 +272,7 @@ class Trainer:
             StateComponent("optimizer", NamedOptimizer(self.optimizer, [self.model]), self.shared),
             StateComponent("scheduler", self.lr_scheduler, self.shared),
             StateComponent("trainer", self.progress, self.shared),
-            StateComponent("callbacks", self.callbacks, SharingPattern.GLOBAL),
+            StateComponent("callbacks", self.callbacks, SharingPattern.PER_RANK, on_resize=taken_over),
             self.data_component(),
             StateComponent("rng", RNGState(), SharingPattern.PER_RANK, on_resize="drop"),
         ]
