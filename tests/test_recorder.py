@@ -389,7 +389,7 @@ def test_tensors_on_a_gpu_are_digested_there_in_one_launch(tmp_path: Path) -> No
         optimizer.step()
         states = {"model": model, "optimizer": NamedOptimizer(optimizer, [model])}
         with (
-            mock.patch.object(device_digest, "block_digests", wraps=device_digest.block_digests) as taken,
+            mock.patch.object(device_digest, "begin", wraps=device_digest.begin) as taken,
             DigestRecorder(tmp_path) as recorder,
         ):
             recorder.record(1, states)
