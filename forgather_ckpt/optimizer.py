@@ -81,13 +81,13 @@ class NamedOptimizer:
             )
 
     def load_targets(self, available: Mapping[str, Available]) -> dict[str, Target | None]:
-        """State goes to the device of the parameter that it belongs to; of other layers' parameters nothing is
-        wanted."""
+        """State goes to the device of the parameter that it belongs to; of parameters that are not in the groups here,
+        such as frozen ones or those of other layers, nothing is wanted."""
         targets: dict[str, Target | None] = {}
         devices = self._step_devices()
         for item, what in available.items():
             kind, name, key = self._parse(decode_path(item)[0])
-            if name is None:
+            if name is None or self._parameters[name] not in devices:
                 targets[item] = None
             elif what.dtype is None or kind == "groups":
                 targets[item] = Target("cpu")

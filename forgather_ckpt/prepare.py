@@ -252,13 +252,19 @@ def _recipe(
     if isinstance(component.stateful, ChoosesTargets):
         targets = component.stateful.load_targets(whole.available())
     taken = 0
+    asked = {name for name, target in targets.items() if target is not None}
+    refused = targets.keys() - asked
     if entry == ENTRY_OF_ALL and _is_shared_namespace(component, job):
         # of a job-wide namespace a rank takes what it has, and what it asks for
-        asked = {name for name, target in targets.items() if target is not None}
-        refused = targets.keys() - asked
         wanted = asked | live.names
         taken = _bits(sorted(whole.names), wanted - refused)
         whole = whole.only(wanted)
+    elif refused:
+        logger.warning(
+            "component %r: %s in the checkpoint, which the job does not want; they are left there",
+            component.key,
+            some_of(refused),
+        )
     if isinstance(component.stateful, nn.Module):
         _check_module(component, whole, live)
     assemblies = [assemble(whole, live, targets, staged=staged)]

@@ -489,3 +489,27 @@ def test_state_goes_to_the_device_of_its_parameter():
         "something else": None,
         "~i0/exp_avg": None,
     }
+
+
+def test_the_moments_of_a_parameter_that_is_frozen_now_are_left_and_told(tmp_path, caplog):
+    def run(*, is_frozen: bool) -> NamedOptimizer:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        model[0].requires_grad_(not is_frozen)
+        optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad])
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        named = NamedOptimizer(optimizer, [model])
+        with CheckpointCoordinator([StateComponent("optimizer", named, SharingPattern.GLOBAL)], tmp_path) as coordinator:
+            if is_frozen:
+                coordinator.load_checkpoint()
+            else:
+                optimizer.step()
+                coordinator.save_checkpoint(1)
+        return named
+
+    saved, loaded = run(is_frozen=False).state_dict(), run(is_frozen=True).state_dict()
+    assert loaded.keys() == {name for name in saved if ".1." in name}
+    assert torch.equal(loaded["state.1.weight.exp_avg"], saved["state.1.weight.exp_avg"])
+    assert "'groups.0.bias.amsgrad'" in caplog.text
+    assert "in the checkpoint, which the job does not want; they are left there" in caplog.text
