@@ -173,8 +173,15 @@ def _place(
             )
         dtensor = existing.tensor if isinstance(existing, ShardedItem) else existing.dtensor
         if dtensor is not None:
+            regions = _regions(existing)
+            if not all(_is_dense(region.tensor) for region in regions):
+                raise LoadMismatch(
+                    f"component {component!r}: the local part of {first.name!r} has elements that share memory (an expanded "
+                    "tensor), and cannot be filled; make it contiguous",
+                    component=component,
+                )
             # its stateful expects a DTensor; so with `staged`, the copy waits until that gets its state
-            _fill(assembly, component, rows, _regions(existing), staged=staged)
+            _fill(assembly, component, rows, regions, staged=staged)
             return dtensor
         if not staged and _is_dense(existing.tensor):
             _fill(assembly, component, rows, _regions(existing))

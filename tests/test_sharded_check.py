@@ -228,6 +228,23 @@ def test_parts_that_data_parallel_replicas_hold_on_meshes_of_their_own_are_compa
     assert (entry.num_items, entry.num_bytes) == (2, 12 * 4 + 3 * 4)
 
 
+def test_a_local_part_whose_elements_share_memory_is_refused_before_anything_is_touched(tmp_path: Path):
+    def case(rank: int, world_size: int) -> Any:
+        mesh = init_device_mesh("cpu", (2,))
+        own = DTensor.from_local(torch.ones(1).expand(3), mesh, [Shard(0)], run_check=False)
+        other = torch.zeros(2)
+        declared = [StateComponent("model", Box({"other": other, "w": own}), REPLICATED)]
+        with CheckpointCoordinator(declared, tmp_path, timeout_seconds=60) as coordinator:
+            coordinator.save_checkpoint(1)
+            other += 1
+            return refusal(coordinator.load_checkpoint), other.tolist()
+
+    (kind, message), other = the_same(values(run_ranks(2, case, timeout=60)))
+    assert (kind, other) == ("LoadMismatch", [1.0, 1.0])
+    assert "the local part of 'w' has elements that share memory" in message
+    assert "torn" not in message
+
+
 def test_replicas_of_a_part_share_out_the_writing_of_it(tmp_path: Path):
     num_elements = (128 << 20) // 4
 
