@@ -14,20 +14,20 @@ ROOT = Path(forgather_ckpt.__file__).parent
 
 LAYERS = [
     # words and the bytes below everything
-    ("errors", "patterns", "dtypes", "hashtree", "multilinear", "paths"),
+    ("errors", "patterns", "dtypes", "hashtree", "metrics", "multilinear", "paths"),
     ("strict_json", "topology", "boxes"),
     # codecs
     ("values", "container", "manifest"),
     ("names", "index"),
     # decisions: pure
-    ("plan", "replication", "resume", "pieces", "parting", "matching"),
-    ("portions", "differences", "comparison"),
+    ("plan", "replication", "resume", "pieces", "parting", "matching", "policies", "callbacks"),
+    ("portions", "differences", "comparison", "retention"),
     ("inventory", "agreement"),
     # the file system
     ("files", "liveness"),
     ("lease", "catalog", "environment"),
-    ("commit", "verify", "digest_log", "choice"),
-    ("divergence", "digest_writer"),
+    ("commit", "verify", "digest_log", "choice", "annotations"),
+    ("divergence", "digest_writer", "pruning"),
     ("cli",),
     ("__main__",),
     # --- no torch, no numpy above this line
