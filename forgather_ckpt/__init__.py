@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from forgather_ckpt.differences import ReplicationReport
     from forgather_ckpt.errors import CheckpointError, CheckpointNotFound, ReplicaMismatch
     from forgather_ckpt.load import LoadReport
+    from forgather_ckpt.manager import CheckpointManager
     from forgather_ckpt.manifest import CheckpointManifest
     from forgather_ckpt.opened import OpenCheckpoint, load_component, open_checkpoint
     from forgather_ckpt.optimizer import NamedOptimizer
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "CheckpointCoordinator": "coordinator",
     "CheckpointError": "errors",
+    "CheckpointManager": "manager",
     "CheckpointManifest": "manifest",
     "CheckpointNotFound": "errors",
     "DigestRecorder": "recorder",
@@ -46,6 +48,7 @@ _MODULES = {
 __all__ = [
     "CheckpointCoordinator",
     "CheckpointError",
+    "CheckpointManager",
     "CheckpointManifest",
     "CheckpointNotFound",
     "DigestRecorder",

@@ -24,7 +24,8 @@ class Checkpoint:
 
     @property
     def candidate(self) -> Candidate:
-        return Candidate(self.path, self.manifest.step, self.manifest.sequence)
+        manifest = self.manifest
+        return Candidate(self.path, manifest.step, manifest.sequence, manifest.kind, manifest.epoch)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,10 @@ def scan(run: Path) -> Catalog:
         if paths.is_temporary(entry.name):
             unfinished.append(path)
             continue
-        status = entry.stat()
+        try:
+            status = entry.stat()
+        except FileNotFoundError:  # removed at this moment
+            continue
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))

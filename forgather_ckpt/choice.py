@@ -2,59 +2,117 @@
 
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 
-from forgather_ckpt import catalog, files, paths, resume
-from forgather_ckpt.catalog import Checkpoint
-from forgather_ckpt.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedVersion
+from forgather_ckpt import catalog, files, paths, pruning, resume, retention
+from forgather_ckpt.catalog import Catalog, Checkpoint
+from forgather_ckpt.errors import CheckpointDamaged, CheckpointNotFound, DeclarationError, UnsupportedVersion
+from forgather_ckpt.policies import Best
 
 logger = logging.getLogger(__name__)
 
 
-def candidates(run: Path, which: str | int | Path | None) -> list[Checkpoint]:
+def candidates(run: Path, which: str | int | Path | None, *, avoid: Collection[str] = ()) -> list[Checkpoint]:
     """The checkpoints to try, in order: `which` of a run directory, or the one at a path.
 
-    `CheckpointNotFound` where there is none; `CheckpointDamaged` where there is nothing but damaged ones.
+    `avoid`: digests of manifests, such as of those at which the job died before; where the choice is ours (None or
+    "latest") they are passed over with a warning.
+
+    `CheckpointNotFound` where there is none, or none but those to avoid; `CheckpointDamaged` where there is nothing but
+    damaged ones.
     """
     if isinstance(which, Path) or (isinstance(which, str) and not resume.is_selector(which)):
         if isinstance(which, str) and os.sep not in which and not Path(which).is_dir():
-            raise CheckpointNotFound(f"{which!r} selects no checkpoint; use 'latest', 'latest~1', a step, or a path")
+            raise CheckpointNotFound(f"{which!r} selects no checkpoint; use {resume.SELECTORS}, or a path")
         return [_read(Path(which))]
     with files.typed_errors(run, "looking for checkpoints"):
-        scanned = catalog.scan(run)
-    by_path = {checkpoint.path: checkpoint for checkpoint in scanned.checkpoints}
-    for rejected in scanned.rejected:
+        found = catalog.scan(run)
+    for rejected in found.rejected:
         logger.warning("%s is not a committed checkpoint: %s", rejected.path, rejected.reason)
         if isinstance(rejected.error, UnsupportedVersion):
             raise rejected.error  # perhaps the newest one; an older one must not be taken for it
-    if scanned.rejected and not scanned.checkpoints:
+    if found.rejected and not found.checkpoints:
         # "none" would be an invitation to start afresh, over them
         raise CheckpointDamaged(
-            f"none of the {len(scanned.rejected)} checkpoints in {run} is whole; {scanned.rejected[0].path.name}: "
-            f"{scanned.rejected[0].reason}",
-            path=str(scanned.rejected[0].path),
+            f"none of the {len(found.rejected)} checkpoints in {run} is whole; {found.rejected[0].path.name}: "
+            f"{found.rejected[0].reason}",
+            path=str(found.rejected[0].path),
         )
     try:
-        chosen = resume.choose([checkpoint.candidate for checkpoint in scanned.checkpoints], which)
+        chosen = chosen_of(found, which)
     except CheckpointNotFound as err:
-        asked = str(which).removeprefix("step:")
-        for rejected in scanned.rejected:
-            if asked.isdigit() and rejected.path.name == paths.checkpoint(int(asked)):
+        step = resume.step_of(which)
+        for rejected in found.rejected:
+            if step is not None and rejected.path.name == paths.checkpoint(step):
                 raise CheckpointDamaged(f"{err.message}; {rejected.path} is not whole: {rejected.reason}") from err
         raise
+    return _without(chosen, avoid, run) if which in (None, "latest") else chosen
+
+
+def _without(chosen: list[Checkpoint], avoid: Collection[str], run: Path) -> list[Checkpoint]:
+    left = [one for one in chosen if one.manifest.digest not in avoid]
+    if not left:
+        raise CheckpointNotFound(
+            f"all checkpoints of {run} are to be avoided (of steps {', '.join(str(one.manifest.step) for one in chosen)}), "
+            "as loading them failed again and again; name one to load it all the same",
+            path=str(run),
+        )
+    for one in chosen:
+        if one.manifest.digest in avoid:
+            logger.warning("%s is passed over: it is to be avoided", one.path)
+    return left
+
+
+def chosen_of(found: Catalog, which: str | int | None) -> list[Checkpoint]:
+    """The checkpoints of a run directory to try, in order, as `resume.choose` has it, or `CheckpointNotFound`."""
+    by_path = {checkpoint.path: checkpoint for checkpoint in found.checkpoints}
+    in_order = [by_path[path] for path in _ranked(found)] if resume.is_by_rank(which) else []
+    chosen = resume.choose(
+        [checkpoint.candidate for checkpoint in found.checkpoints],
+        which,
+        ranked=[checkpoint.candidate for checkpoint in in_order],
+    )
     return [by_path[one.path] for one in chosen]
+
+
+def ranking(found: Catalog) -> Best:
+    """By what the checkpoints of a run are ranked: as its newest one's training arguments say, else by the lowest `eval_loss`.
+
+    `DeclarationError` where the arguments do not make sense.
+    """
+    return retention.ranking(found.checkpoints[0].manifest.training_args if found.checkpoints else {})
+
+
+def _ranked(found: Catalog) -> list[Path]:
+    """The checkpoints that have the metric, the best first; `CheckpointNotFound`, with the reason, where none has it."""
+    if not found.checkpoints:
+        return []
+    try:
+        best = ranking(found)
+    except DeclarationError as err:
+        raise CheckpointNotFound(f"'best' means nothing in this run: {err.message}") from None
+    stored = retention.countable(pruning.survey(found))
+    if ranked := best.ranked(stored):
+        return [one.path for one, _ in ranked]
+    has = sorted({name for one in stored for name in one.metrics})
+    raise CheckpointNotFound(
+        f"there is no best checkpoint: none has a finite {best.metric!r}; metrics that they have: "
+        f"{', '.join(has) or 'none'}. Evaluate before saving (eval_on_save=True), set best_model_metric to what is there, "
+        "or name another one: 'latest' or a step"
+    )
 
 
 def named(path: str | Path) -> Checkpoint:
     """The checkpoint at `path`: its directory, a run directory, whose newest it is, or `RUN@SELECTOR`, such as
-    `runs/a@latest~1` or `runs/a@15000`."""
+    `runs/a@latest~1`, `runs/a@best` or `runs/a@15000`."""
     place = Path(path)
     if os.path.lexists(place / paths.MANIFEST):
         return _read(place)
     run, at, selector = str(path).rpartition("@")
     if at and not os.path.lexists(place):
         if not resume.is_selector(selector):
-            raise CheckpointNotFound(f"{selector!r} selects no checkpoint of {run}; use latest, latest~1, or a step")
+            raise CheckpointNotFound(f"{selector!r} selects no checkpoint of {run}; use {resume.SELECTORS}")
     else:
         run, selector = str(path), "latest"
     if not Path(run).is_dir():

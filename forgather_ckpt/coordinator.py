@@ -1,7 +1,7 @@
 """`CheckpointCoordinator`: saves and loads what a trainer declares, on all ranks together."""
 
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -108,11 +108,13 @@ class CheckpointCoordinator:
         epoch: float | None = None,
         metrics: Mapping[str, Any] | None = None,
         kind: str = "periodic",
+        elapsed_seconds: float | None = None,
     ) -> Path:
         """Store the state of all components; returns the checkpoint's path, the same on every rank.
 
         When it returns, the checkpoint survives power loss; until then the previous one does. An earlier checkpoint
-        of the same step is replaced. `kind` is "periodic", "epoch", "emergency" or "final". `metrics` are rank 0's.
+        of the same step is replaced. `kind` is "periodic", "epoch", "emergency" or "final". `metrics` are rank 0's, and
+        so is `elapsed_seconds`, for which the run has been training.
         """
 
         def prepare() -> None:
@@ -128,11 +130,12 @@ class CheckpointCoordinator:
                 raise DeclarationError(f"kind is {kind!r}; use one of {', '.join(manifest.KINDS)}")
             if self._torn:
                 raise refuse_torn(self._torn)
-            if self._job.comm.rank == 0 and self._lease is None:
-                self._lease = Lease(self._job.run)
-                commit.sweep(self._job.run)
+            if elapsed_seconds is not None and not _is_number(elapsed_seconds):
+                raise DeclarationError(f"elapsed_seconds is {elapsed_seconds!r}; use a finite number, or None")
+            self.take_lease()
 
-        request = SaveRequest(step, epoch, kind, dict(metrics) if isinstance(metrics, Mapping) else {})
+        told = dict(metrics) if isinstance(metrics, Mapping) else {}
+        request = SaveRequest(step, epoch, kind, told, elapsed_seconds)
         saved: Saved = save(self._job, request, prepare=prepare, parent=self._parent)
         self._parent = saved.lineage()
         return saved.path
@@ -144,19 +147,24 @@ class CheckpointCoordinator:
         components: Sequence[str] | None = None,
         strict: bool = True,
         staged: bool = False,
+        avoid: Collection[str] = (),
+        inspect: Callable[[manifest.CheckpointManifest], None] | None = None,
     ) -> LoadReport:
         """Load one checkpoint into the live state of all ranks.
 
         `which`: None or "latest" (the newest that is good; damaged ones are passed over), "latest~1", a step, or a
         path. `components` loads only those. `strict=False` skips what is optional or unknown, and the report says
         what. `staged=True` reads all into host memory first: a damaged checkpoint then touches nothing.
+
+        `avoid`: digests of manifests that are not to be chosen as the newest. `inspect` is called with the manifest, on
+        the ranks that give it, before anything is touched; what it raises is raised on all ranks.
         """
         job, keys = self._job, None
         if _is_list_of_keys(components):
             keys = tuple(sorted(set(components)))
         elif components is not None:
             job = replace(job, source=_Refused(DeclarationError(_not_keys(components))))
-        request = LoadRequest(which, keys, strict, staged)
+        request = LoadRequest(which, keys, strict, staged, tuple(sorted(avoid)), inspect)
         try:
             report = load(job, request)
         except Torn as torn:
@@ -230,6 +238,33 @@ class CheckpointCoordinator:
         keys = tuple(sorted(set(components))) if _is_list_of_keys(components) else None
         with collector_paused():
             return validate(self._job, ValidationRequest(chosen, keys, step), prepare=prepare)
+
+    def take_lease(self) -> None:
+        """Inside the work of `agree`: take the run directory for this job now, and not at the first save.
+
+        `RunDirectoryInUse` where another job writes to it.
+        """
+        if self._job.comm.rank == 0 and self._lease is None:
+            self._lease = Lease(self._job.run)
+            commit.sweep(self._job.run)
+
+    @property
+    def run_directory(self) -> Path:
+        """As rank 0 has it, absolute."""
+        return self._job.run
+
+    def agree(self, what: str, work: Callable[[], Any], decide: Callable[[list[Any]], Any] | None = None) -> Any:
+        """Run `work` on every rank, let rank 0 `decide` over all results, and return its decision on every rank.
+
+        Results and decision are JSON. What `work` raises on any rank, or `decide` on rank 0, is raised on all. `what` is
+        for messages, and the same on all ranks.
+        """
+        self._job.comm.begin_operation(what)
+        return self._job.comm.agree(what, work, decide)
+
+    def beat(self) -> None:
+        """Inside the work of `agree`, or its decision: tell the others, who wait for this rank, that it is at work."""
+        self._job.comm.beat()
 
     def close(self) -> None:
         """Give the run directory back to other jobs. A second call does nothing."""

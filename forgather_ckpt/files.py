@@ -62,12 +62,12 @@ def free_bytes(path: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def create(path: Path, size: int) -> int:
+def create(path: Path, size: int, *, mode: int = 0o666) -> int:
     """Create a file of `size` reserved bytes that must not exist yet; the caller owns the descriptor.
 
     `O_EXCL | O_NOFOLLOW`: a file or symlink that somebody planted there is an error, not a target.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         if size:
             _reserve(descriptor, size)
@@ -101,9 +101,9 @@ def start_writeback(descriptor: int, offset: int, length: int) -> None:
         _libc.sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
-def write_new(path: Path, data: bytes) -> None:
+def write_new(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Write a small file durably: its bytes are on disk when this returns, its name after the directory's sync."""
-    descriptor = create(path, len(data))
+    descriptor = create(path, len(data), mode=mode)
     try:
         write_at(descriptor, data, 0)
         os.fsync(descriptor)
@@ -111,11 +111,14 @@ def write_new(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
-def replace(path: Path, data: bytes) -> None:
-    """Write a small file durably in place of the one that may be there: at every instant one of the two is found."""
+def replace(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write a small file durably in place of the one that may be there: at every instant one of the two is found.
+
+    `mode`: who may read and write it, less what the umask takes away.
+    """
     temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     try:
-        write_new(temporary, data)
+        write_new(temporary, data, mode=mode)
         os.rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -158,13 +161,18 @@ def discard(path: Path, nonce: str) -> None:
 
     A draft is renamed too: a rank that is still writing cannot add a file to what is being deleted.
     """
+    delete(set_aside(path, nonce))
+
+
+def set_aside(path: Path, nonce: str) -> Path:
+    """The first half of `discard`, which takes no time: what was a checkpoint is trash now; where it is."""
     away = path
     if not path.name.startswith(paths.TRASH_PREFIX):
         away = path.with_name(paths.trash(path.name, nonce))
         os.rename(path, away)
         if not paths.is_temporary(path.name):
             sync_directory(path.parent)
-    delete(away)
+    return away
 
 
 def delete(path: Path) -> None:

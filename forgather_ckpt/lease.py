@@ -49,6 +49,31 @@ class Lease:
         self._identity = None
 
 
+def is_held(run: Path) -> bool:
+    """Whether some process, this one included, holds the lease of the run directory at this moment.
+
+    It asks by trying for a shared lock, and gives that back at once: a job that is just starting waits longer than that.
+    Never where another thread of this process may be about to take the lease: closing the file would lose its lock.
+    """
+    path = run / paths.LEASE
+    with files.typed_errors(path, "looking at the lease of the run directory"):
+        try:
+            if _identity(os.stat(path)) in _held:
+                return True
+            descriptor = files.open_to_read(path)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as err:
+            if err.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+
 def _acquire(path: Path) -> _Identity | None:
     with contextlib.suppress(FileNotFoundError):
         identity = _identity(os.stat(path))

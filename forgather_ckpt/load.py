@@ -51,6 +51,8 @@ class LoadReport:
     fell_back_from: tuple[tuple[Path, str], ...] = ()
     """Newer checkpoints that were passed over, with the reason."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    elapsed_seconds: float | None = None
+    """For which the run had been training."""
 
 
 class Torn(Exception):
@@ -82,7 +84,7 @@ def load(job: Job, request: Request) -> LoadReport:
     }
     comm.begin_operation(f"{wanted}")
     components = declare(comm, job.topology, job.source, wanted)
-    candidates = comm.agree("choosing a checkpoint", lambda: None, lambda _: _choose(job.run, request.which))
+    candidates = comm.agree("choosing a checkpoint", lambda: None, lambda _: _choose(job.run, request))
     live = take_live(comm, components, request.components)
     passed_over: list[tuple[Path, str]] = []
     torn: Torn | None = None
@@ -131,9 +133,9 @@ def _refuse_leftovers(comm: Comm, torn: Torn, report: LoadReport) -> None:
         raise Torn(err, touched, [err.component or ""]) from torn.error
 
 
-def _choose(run: Path, which: str | int | Path | None) -> list[list[str]]:
+def _choose(run: Path, request: Request) -> list[list[str]]:
     """Rank 0's choice: paths and manifest digests of the checkpoints to try, in order."""
-    return [[str(one.path.resolve()), one.manifest.digest] for one in choice.candidates(run, which)]
+    return [[str(one.path.resolve()), one.manifest.digest] for one in choice.candidates(run, request.which, avoid=request.avoid)]
 
 
 def take_live(comm: Comm, components: Sequence[StateComponent], keys: Collection[str] | None) -> Live:
@@ -171,6 +173,7 @@ def _load_one(job: Job, request: Request, live: Live, path: Path, digest: str) -
         loaded=tuple(key for key in only.chosen if key not in only.skipped),
         skipped=only.skipped,
         metrics=manifest.metrics,
+        elapsed_seconds=manifest.elapsed_seconds,
     )
 
 

@@ -118,6 +118,8 @@ class CheckpointManifest:
     environment: Mapping[str, Any] = field(default_factory=dict)
     timings: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Seconds that each phase took, by rank."""
+    elapsed_seconds: float | None = None
+    """For which the run has been training, over all its lives, by the clock of rank 0."""
     digest: str = _NO_DIGEST
 
     @property
@@ -192,6 +194,7 @@ class CheckpointManifest:
             "training_args": dict(self.training_args),
             "environment": dict(self.environment),
             "timings": {phase: list(seconds) for phase, seconds in self.timings.items()},
+            **({} if self.elapsed_seconds is None else {"elapsed_seconds": self.elapsed_seconds}),
         }
 
     @classmethod
@@ -232,6 +235,7 @@ class CheckpointManifest:
             training_args=top.mapping("training_args"),
             environment=top.mapping("environment"),
             timings=top.mapping("timings"),
+            elapsed_seconds=top.optional_float("elapsed_seconds"),
             digest=own,
         )
 

@@ -11,6 +11,7 @@ from xxhash import xxh3_64_hexdigest
 MANIFEST = "checkpoint_manifest.json"
 ANNOTATIONS = "annotations.json"
 LEASE = ".lease"
+LOAD_ATTEMPTS = ".load-attempts.json"
 
 TEMPORARY_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
@@ -42,6 +43,16 @@ def replaced(step: int, nonce: str) -> str:
 
 def trash(name: str, nonce: str) -> str:
     return f"{TRASH_PREFIX}{name}-{nonce}"
+
+
+def request(kind: str) -> str:
+    """What is asked of the job that trains in a run directory."""
+    return f".request-{kind}"
+
+
+def taken_request(kind: str, nonce: str) -> str:
+    """A request that the job has taken and is about to read."""
+    return f"{TEMPORARY_PREFIX}{request(kind)}-{nonce}"
 
 
 def is_temporary(name: str) -> bool:

@@ -4,7 +4,7 @@ And the last: to give the states to the statefuls, and to see what they made of 
 """
 
 import logging
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,10 @@ class Request:
     components: tuple[str, ...] | None
     strict: bool
     staged: bool
+    avoid: tuple[str, ...] = ()
+    """Digests of manifests that are not to be chosen."""
+    inspect: Callable[[CheckpointManifest], None] | None = None
+    """Asked, on the ranks that have it, before anything is touched; what it raises is everybody's."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ def prepare(job: Job, request: Request, live: Live, path: Path, digest: str) -> 
     """Read and check all but the tensors' bytes; touches nothing live. `digest` is that of rank 0's manifest."""
     library = open_library(path, digest)
     manifest = library.manifest
+    if request.inspect is not None:
+        request.inspect(manifest)
     skipped: dict[str, str] = {}
     chosen = _match(live, manifest, request, skipped)
     recipes = []

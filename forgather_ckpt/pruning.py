@@ -14,13 +14,13 @@ import datetime
 import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from forgather_ckpt import annotations, catalog, files, paths, retention
 from forgather_ckpt.catalog import Catalog, Checkpoint
-from forgather_ckpt.errors import CheckpointError
+from forgather_ckpt.errors import CheckpointError, StorageError
 from forgather_ckpt.policies import Policy, Stored
 from forgather_ckpt.retention import Protected, Verdict
 
@@ -81,11 +81,15 @@ def _seconds(created: str) -> float | None:
         return None
 
 
-def prune(run: Path, policy: Policy, protected: Protected) -> Pruned:
+def prune(
+    run: Path, policy: Policy, protected: Protected, *, delete: Callable[[Path], None] | None = None
+) -> Pruned:
     """Remove from the run directory what `policy` does not keep. Never raises; what fails is logged and told.
 
-    What earlier removals left in the trash goes too.
+    What earlier removals left in the trash goes too. `delete` is given what was renamed away, which may take long to
+    delete; by default that is done before this returns.
     """
+    delete = delete or delete_trash
     try:
         found = catalog.scan(run)
         stored = survey(found)
@@ -94,45 +98,40 @@ def prune(run: Path, policy: Policy, protected: Protected) -> Pruned:
             logger.warning("%s; evaluate before each save (eval_on_save=True)", told)
         for path in found.unfinished:
             if path.name.startswith(paths.TRASH_PREFIX):
-                _delete(path)
-        return _carry_out(run, verdicts)
+                delete(path)
+        return _carry_out(run, verdicts, delete)
     except Exception as err:  # a policy may be anybody's code
         logger.warning("no checkpoint was removed from %s: %s", run, _told(err))
         return Pruned()
 
 
-def _carry_out(run: Path, verdicts: Sequence[Verdict]) -> Pruned:
+def _carry_out(run: Path, verdicts: Sequence[Verdict], delete: Callable[[Path], None]) -> Pruned:
     doomed = [verdict for verdict in reversed(verdicts) if not verdict.keep]
     if doomed:
         files.sync_directory(run)  # what is kept is found after a power loss before anything goes
     removed, failed = [], {}
     for verdict in doomed:
         path = verdict.checkpoint.path
-        failure = _remove(verdict.checkpoint)
-        if failure is not None and os.path.lexists(path):
-            failed[path] = failure
-            logger.warning("%s was not removed: %s", path, failure)
-            continue
+        trash = None
+        try:
+            if _stored(catalog.read_checkpoint(path)) != verdict.checkpoint:
+                raise StorageError("it changed since it was looked at")
+            trash = files.set_aside(path, secrets.token_hex(6))
+        except (CheckpointError, OSError) as err:
+            if os.path.lexists(path):
+                failed[path] = _told(err)
+                logger.warning("%s was not removed: %s", path, failed[path])
+                continue
+            logger.warning("%s: what was removed could not be deleted: %s", path, _told(err))
         removed.append(path)
         logger.info("removed %s: %s", path, "; ".join(verdict.reasons))
-        if failure is not None:
-            logger.warning("%s: what was removed could not be deleted: %s", path, failure)
+        if trash is not None:
+            delete(trash)
     return Pruned(verdicts, removed, failed)
 
 
-def _remove(checkpoint: Stored) -> str | None:
-    """Remove a checkpoint that is still what was decided about; what went wrong, or None."""
-    path = checkpoint.path
-    try:
-        if _stored(catalog.read_checkpoint(path)) != checkpoint:
-            return "it changed since it was looked at"
-        files.discard(path, secrets.token_hex(6))
-    except (CheckpointError, OSError) as err:
-        return _told(err)
-    return None
-
-
-def _delete(trash: Path) -> None:
+def delete_trash(trash: Path) -> None:
+    """Delete what was renamed away; a failure is logged, and the next one who owns the run directory tries again."""
     try:
         files.delete(trash)
     except OSError as err:

@@ -18,6 +18,7 @@ What a verdict keeps does not depend on what it removes. So a removal that was i
 ends in the same state.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -183,6 +184,30 @@ def from_arguments(
     if keep_emergency_checkpoints:
         policy |= Emergency(keep_emergency_checkpoints)
     return policy
+
+
+def from_training_arguments(arguments: Mapping[str, Any]) -> Policy | None:
+    """The policy of a run, from the training arguments in a manifest; None where they say nothing of what to keep.
+
+    `DeclarationError` as above.
+    """
+    names = inspect.signature(from_arguments).parameters
+    given = {name: arguments[name] for name in names if name in arguments}
+    return from_arguments(**given) if given else None
+
+
+def ranking(arguments: Mapping[str, Any]) -> Best:
+    """By what the checkpoints of a run are ranked, whether or not it keeps the best: from the training arguments in a manifest.
+
+    The lowest `eval_loss`, where `best_model_metric` and `best_model_greater_is_better` say nothing else. Arguments that
+    make no sense are a `DeclarationError`.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    return _best(
+        given.get("preserve_n_best", 1),
+        given.get("best_model_metric", "loss"),
+        given.get("best_model_greater_is_better"),
+    )
 
 
 def _best(n: int, metric: str, greater_is_better: bool | None) -> Best:

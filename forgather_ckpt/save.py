@@ -51,12 +51,13 @@ _OVERHEAD_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of one save; equal on all ranks, but for metrics, of which rank 0's count."""
+    """What is asked of one save; equal on all ranks, but for metrics and time, of which rank 0's count."""
 
     step: int
     epoch: float | None
     kind: str
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    elapsed_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -334,6 +335,7 @@ def _manifest(
         training_args=environment.redact(job.training_args),
         environment=environment.describe(),
         timings=inventory.timings(reports),
+        elapsed_seconds=request.elapsed_seconds,
     )
 
 

@@ -100,6 +100,12 @@ class Fields:
             raise FormatError(f"{self.where}: field {key!r} is {value!r}; expected a count")
         return value
 
+    def optional_float(self, key: str) -> float | None:
+        value = self.data.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise FormatError(f"{self.where}: field {key!r} is {_kind(value)}; expected a number")
+        return value
+
     def items(self, key: str) -> list[Any]:
         return self._get(key, list)
 

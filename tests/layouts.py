@@ -147,6 +147,8 @@ class Layout:
         """A trainer of this layout; what is not an option of trainers is a setting."""
         own = {
             "on_step_end",
+            "callbacks",
+            "eval_dataset",
             "data_collator",
             "optimizer",
             "lr_scheduler",

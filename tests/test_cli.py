@@ -21,15 +21,17 @@ import torch
 
 from forgather_ckpt import catalog, files, paths
 from forgather_ckpt import manifest as manifest_module
+from forgather_ckpt.annotations import Annotations, annotate
 from forgather_ckpt.catalog import Catalog, Checkpoint, Rejected
 from forgather_ckpt.cli import main, selection, table, text, verification
-from forgather_ckpt.cli.listing import listing, shown_metric
+from forgather_ckpt.cli.listing import Standing, listing, shown_metric, standings_of
 from forgather_ckpt.cli.table import Column, Table
 from forgather_ckpt.component import StateComponent
 from forgather_ckpt.coordinator import CheckpointCoordinator
 from forgather_ckpt.errors import FormatError
 from forgather_ckpt.manifest import CheckpointManifest, Validation
 from forgather_ckpt.patterns import SharingPattern, ValidationLevel
+from forgather_ckpt.policies import Best, Stored
 from forgather_ckpt.resume import Candidate
 from tests.components import Box
 from tests.test_layers import LIGHT, module_names
@@ -131,8 +133,10 @@ def test_ls_lists_the_newest_first(fgckpt: Fgckpt, make: Make, tmp_path: Path) -
         ["10", "0.5"],
         ["12", "-"],
     ]
-    assert lines[0].split() == ["STEP", "EPOCH", "AGE", "KIND", "eval_loss", "SIZE", "FILES", "STATE"]
-    assert lines[2].split()[3:5] == ["epoch", "3.12346"]
+    assert lines[0].split() == ["STEP", "EPOCH", "AGE", "ROLES", "eval_loss", "SIZE", "FILES", "STATE"]
+    assert lines[1].split()[3:5] == ["latest", "-"]
+    assert lines[2].split()[3:6] == ["best,", "epoch", "3.12346"]
+    assert lines[3].split()[3:5] == ["periodic", "-"]
     assert "rejected: index-00000.json is missing; the manifest expects " in lines[4]
     assert lines[-1].startswith("3 checkpoints  ")
     assert "resume → step 15  1 unfinished save ignored (.tmp-checkpoint-25-abc)  1 unfinished removal" in lines[-1]
@@ -197,7 +201,11 @@ def test_ls_json(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:
                 "kind": "periodic",
                 "created": CREATED,
                 "world_size": 1,
+                "roles": ["latest"],
                 "metrics": {"loss": 3.25},
+                "pinned": False,
+                "quarantined": None,
+                "notes": [],
                 "bytes": manifest.num_bytes,
                 "files": 2,
                 "digest": manifest.digest,
@@ -225,7 +233,7 @@ def test_a_checkpoint_of_a_newer_version_stands_in_the_way_of_a_resume(
 
 
 def test_the_listing_is_pure(saved: Path) -> None:
-    manifest = dataclasses.replace(CheckpointManifest.load(saved), created=CREATED, step=7, metrics={"f1": {"a": 1}})
+    manifest = dataclasses.replace(CheckpointManifest.load(saved), created=CREATED, step=7)
     now = datetime.datetime.fromisoformat("2026-11-21T14:34:00+00:00")
     found = Catalog(
         (
@@ -235,21 +243,96 @@ def test_the_listing_is_pure(saved: Path) -> None:
         (Rejected(Path("run/mine"), FormatError("bad\nbyte")),),
         (),
     )
-    assert [list(row) for row in listing(found, now).rows] == [
-        ["7", "-", "4m", "periodic", '{"a": 1}', text.size(manifest.num_bytes), "2", "ok"],
-        ["6", "-", "?", "periodic", '{"a": 1}', text.size(manifest.num_bytes), "2", "ok, as checkpoint-6.replaced-ab"],
+    standings = [
+        Standing(("latest", "emergency"), {"f1": {"a": 1}}, Annotations(notes=("at home", "SIGUSR1 received"))),
+        Standing((), {}, Annotations(quarantined="a flipped\nbyte")),
+    ]
+    size = text.size(manifest.num_bytes)
+    assert [list(row) for row in listing(found, standings, "f1", now).rows] == [
+        ["7", "-", "4m", "latest, emergency SIGUSR1", '{"a": 1}', size, "2", "ok"],
+        ["6", "-", "?", "periodic", "-", size, "2", "ok, as checkpoint-6.replaced-ab, quarantined: a flipped\\nbyte"],
         ["mine", "-", "-", "-", "-", "-", "-", "rejected: bad\\nbyte"],
     ]
 
 
+def test_roles_are_derived_from_what_is_there_and_what_was_noted() -> None:
+    def stored(sequence: int, loss: float | None, **said: Any) -> Stored:
+        metrics = {} if loss is None else {"eval_loss": loss}
+        return Stored(Path(f"checkpoint-{sequence}"), sequence, sequence, f"{sequence}", metrics=metrics, **said)
+
+    found = [
+        stored(9, 0.1, is_quarantined=True),
+        stored(8, None, kind="final"),
+        stored(7, 5.0, is_pinned=True),
+        stored(6, 1.0, kind="emergency"),
+        stored(5, 2.0, kind="epoch", is_pinned=True),
+        stored(4, 3.0),
+        stored(3, 4.0),
+    ]
+    noted = [Annotations()] * len(found)
+
+    def roles(best: Best | None) -> list[str]:
+        return [", ".join(one.roles) for one in standings_of(found, noted, best)]
+
+    assert roles(Best(1, "eval_loss")) == [
+        "quarantined",
+        "latest, final",
+        "pinned",
+        "best, emergency",
+        "best~1, epoch, pinned",
+        "best~2",
+        "",
+    ]
+    assert roles(Best(5, "eval_loss"))[2] == "best~4, pinned"
+    assert roles(None) == ["quarantined", "latest, final", "pinned", "emergency", "epoch, pinned", "", ""]
+    assert standings_of([], [], None) == []
+
+
 @pytest.mark.parametrize(
     ("metrics", "shown"),
-    [([], None), ([{}, {}], None), ([{}, {"b": 1, "a": 2}], "b"), ([{"b": 1}, {"loss": 2}], "loss")],
+    [
+        ([], None),
+        ([{}, {}], None),
+        ([{}, {"b": 1, "a": 2}], "b"),
+        ([{"b": 1}, {"loss": 2}], "loss"),
+        ([{"eval_loss": 1}, {"eval_f1": 2}], "eval_f1"),
+    ],
 )
-def test_the_metric_that_has_a_column(metrics: list[Mapping[str, Any]], shown: str | None, saved: Path) -> None:
-    manifest = CheckpointManifest.load(saved)
-    checkpoints = [Checkpoint(saved, dataclasses.replace(manifest, metrics=one)) for one in metrics]
-    assert shown_metric(checkpoints) == shown
+def test_the_metric_that_has_a_column(metrics: list[Mapping[str, Any]], shown: str | None) -> None:
+    assert shown_metric(metrics, Best(1, "eval_f1")) == shown
+    assert shown_metric(metrics, None) == ("eval_loss" if shown == "eval_f1" else shown)
+
+
+def test_ls_shows_the_metric_that_ranks_and_what_was_noted_later(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:
+    arguments = {"best_model_metric": "f1"}
+    first = make(10, metrics={"eval_f1": 0.5, "eval_loss": 1.0}, training_args=arguments)
+    second = make(20, metrics={"eval_f1": 0.25, "eval_loss": 0.5}, training_args=arguments, kind="emergency")
+    annotate(first, lambda noted: dataclasses.replace(noted, metrics={"eval_f1": 0.125}, is_pinned=True))
+    annotate(second, lambda noted: dataclasses.replace(noted, quarantined="it diverged", notes=("SIGTERM received",)))
+    lines = [line.split() for line in fgckpt("ls", tmp_path).out.splitlines()]
+    assert lines[0][4] == "eval_f1"
+    assert lines[1][3:8] == ["emergency", "SIGTERM,", "quarantined", "0.25", lines[1][7]]
+    assert lines[1][-4:] == ["ok,", "quarantined:", "it", "diverged"]
+    assert lines[2][3:7] == ["latest,", "best,", "pinned", "0.125"]
+    newest, other = fgckpt("ls", "--json", tmp_path).data["checkpoints"]
+    assert (newest["roles"], newest["quarantined"], newest["notes"]) == (
+        ["emergency", "quarantined"],
+        "it diverged",
+        ["SIGTERM received"],
+    )
+    assert (other["roles"], other["pinned"]) == (["latest", "best", "pinned"], True)
+    assert other["metrics"] == {"eval_f1": 0.125, "eval_loss": 1.0}
+
+
+@pytest.mark.parametrize("arguments", [{"best_model_metric": 5}, {"best_model_metric": "quality"}])
+def test_ls_of_a_run_whose_arguments_rank_nothing_names_no_best(
+    arguments: Mapping[str, Any], fgckpt: Fgckpt, make: Make, tmp_path: Path
+) -> None:
+    make(10, metrics={"eval_loss": 1.0}, training_args=arguments)
+    result = fgckpt("ls", tmp_path)
+    assert (result.code, result.err) == (0, "")
+    assert result.out.splitlines()[1].split()[3:5] == ["latest", "1"]
+    assert fgckpt("show", "best", "-d", tmp_path).code == 3
 
 
 def test_200_checkpoints_are_listed_without_torch_numpy_or_rich(make: Make, tmp_path: Path) -> None:
@@ -457,8 +540,9 @@ def test_a_resume_takes_the_newest_that_is_not_known_to_be_damaged() -> None:
 
 
 def test_selectors(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for step in (10, 20, 30):
-        make(step)
+    make(10, metrics={"eval_loss": 1.0}, kind="epoch", epoch=1.0)
+    make(20, metrics={"eval_loss": 2.0}, kind="emergency")
+    make(30, metrics={"eval_loss": 3.0})
     (make(40) / "index-00000.json").unlink()
     monkeypatch.chdir(tmp_path)
     for selector, step in {
@@ -467,6 +551,10 @@ def test_selectors(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "latest~0": 30,
         "20": 20,
         "step:10": 10,
+        "best": 10,
+        "best~1": 20,
+        "emergency": 20,
+        "epoch:1": 10,
         "40": 40,
         "checkpoint-10": 10,
         str(tmp_path / "checkpoint-20"): 20,
@@ -483,6 +571,14 @@ def test_selectors(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ["show", "latest~1"],
         ["show", "latest~" + "9" * 40],
         ["show", "best"],
+        ["show", "best~1"],
+        ["show", "emergency"],
+        ["show", "epoch:1"],
+        ["pin", "10", "best"],
+        ["prune", "-d", "nowhere"],
+        ["prune", "--yes", "-d", "nowhere"],
+        ["save", "nowhere"],
+        ["stop", "nowhere"],
         ["show", "."],
         ["verify", "step:7"],
         ["verify", "nowhere/checkpoint-1"],
@@ -556,7 +652,11 @@ def test_an_interrupt_is_exit_code_130(
     assert "interrupted" in result.err
 
 
-@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["ls", "-h"], ["show", "-h"], ["verify", "-h"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["-h"], ["--help"], ["ls", "-h"], ["show", "-h"], ["verify", "-h"]]
+    + [[name, "-h"] for name in ("prune", "pin", "unpin", "save", "stop")],
+)
 def test_help_opens_with_an_example(arguments: list[str], fgckpt: Fgckpt) -> None:
     result = fgckpt(*arguments)
     assert result.code == 0
@@ -576,7 +676,8 @@ def test_help_tells_the_exit_codes_and_selectors(fgckpt: Fgckpt) -> None:
         "130  inter",
     ):
         assert f"\n    {line}" in out
-    assert "latest~1" in out
+    for selector in ("latest~1", "best~1", "emergency", "epoch:3", "step:15000"):
+        assert selector in out
 
 
 @pytest.mark.parametrize("module", ["forgather_ckpt", "forgather_ckpt.cli"])

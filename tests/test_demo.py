@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from forgather_ckpt import catalog
+from forgather_ckpt import catalog, load_component
 from forgather_ckpt.demo import __main__ as demo
 from forgather_ckpt.demo import compare, losses
 from forgather_ckpt.demo.damage import damage
@@ -58,7 +58,8 @@ def test_the_help_opens_with_an_example(capsys):
     ],
 )
 def test_what_to_resume_from(text, expected):
-    assert demo.training_arguments(demo.parse(["--resume", text])).resume_from_checkpoint == expected
+    options = demo.parse(["--resume-from-checkpoint", text])
+    assert demo.training_arguments(options).resume_from_checkpoint == expected
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,8 @@ def test_what_to_resume_from(text, expected):
         (["--width=100", "--heads=3"], "not a multiple of --heads 3"),
         (["--kill-in-save=30"], "nothing is saved at that step, only every 20"),
         (["--backend=gloo"], "start it with torchrun"),
+        (["--preserve-n-best=2"], "needs --eval-steps"),
+        (["--fresh", "--auto-resume"], "not allowed with argument"),
     ],
 )
 def test_wrong_flags_are_refused(flags, problem, capsys, monkeypatch):
@@ -130,7 +133,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_changes_nothing(tmp_path, monke
     for run, flags in ((spoiled, []), (undisturbed, []), (other, ["--seed=1"])):
         assert demo.main([*TINY, "--output-dir", run, *flags]) == 0
     said = damage(Path(spoiled) / "checkpoint-6", "model")
-    assert demo.main([*TINY, "--output-dir", spoiled]) == 0
+    assert demo.main([*TINY, "--output-dir", spoiled, "--auto-resume"]) == 0
     assert "checkpoint-6 is passed over" in caplog.text
     assert said.split("tensor ")[1].split("'")[1] in caplog.text
     assert f"resumed from {spoiled}/checkpoint-4 at step 4" in caplog.text
@@ -153,7 +156,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_changes_nothing(tmp_path, monke
 @pytest.mark.multiprocess
 def test_a_rank_that_is_killed_in_mid_save_changes_nothing(tmp_path):
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    command = ["-m", "forgather_ckpt.demo", *TINY, "--output-dir"]
+    command = ["-m", "forgather_ckpt.demo", *TINY, "--auto-resume", "--output-dir"]
     # torchrun starts the same command again
     result = torchrun(["--max-restarts=1", *command, killed, "--kill-in-save=4"], 2)
     assert result.returncode == 0, result.output
@@ -164,3 +167,23 @@ def test_a_rank_that_is_killed_in_mid_save_changes_nothing(tmp_path):
     assert [found.manifest.step for found in catalog.scan(killed).checkpoints] == [6, 4, 2]
     found, _ = compare.differences(killed, undisturbed)
     assert [one for one in found if "dataset" not in one] == []
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_run_whose_learning_rate_is_raised_a_hundredfold_ends_by_itself_and_its_best_are_there(tmp_path):
+    """In the size of the quickstart: evaluated every 5 steps, spoiled after step 30."""
+    flags = ["--device=cpu", "--save-steps=10", "--eval-steps=5", "--preserve-n-best=2", "--save-total-limit=1"]
+    flags += ["--spoil-at=30", "--output-dir", str(tmp_path)]
+    result = torchrun(["-m", "forgather_ckpt.demo", *flags], 2)
+    assert result.returncode == 0, result.output
+    assert "Training ended: at step 35 the short average of eval_loss is " in result.output
+    summary = result.output[result.output.rindex("Best checkpoints (N=2):") :].splitlines()[1:3]
+    assert [line.split(":")[0].strip() for line in summary] == [f"{tmp_path}/checkpoint-{step}" for step in (30, 20)]
+    assert [found.manifest.step for found in catalog.scan(tmp_path).checkpoints] == [35, 30, 20]
+    for step in (30, 20):
+        model = GPT(context=128, width=192, num_heads=6, num_layers=3)
+        model.load_state_dict(load_component(tmp_path / f"checkpoint-{step}", "model"))
+        model.eval()
+        with torch.no_grad():
+            assert model(StandardLibrary(128)[80_000]["window"].unsqueeze(0)).item() < 3.5

@@ -620,7 +620,44 @@ def test_the_table_says_which_jumps_are_seen_and_when() -> None:
     assert rows == expected, "the table should be:\n" + "\n".join(f"| {' | '.join(row)} |" for row in expected)
 
 
-def test_the_programs_of_the_page_run_and_say_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def bad_evaluations_of_the_trace(make: Callable[[], Detector], num_good: int) -> str:
+    going_on = [*[TRACE[0]] * num_good, *TRACE[1:], *[TRACE[-1]] * NUM_WATCHED]
+    ended_after = first_end(make(), going_on)
+    return "never" if ended_after is None else str(ended_after - num_good)
+
+
+def test_the_table_says_after_how_many_evaluations_the_trace_ends_a_run() -> None:
+    _, *rows = table_of(PAGE, "on the trace")
+    codes = [row[0] for row in rows]
+    assert {f"`{kind.__name__}()`" for kind in KINDS.values()} <= set(codes), "a default is missing"
+    expected = []
+    for code in codes:
+
+        def make(code: str = code) -> Detector:
+            return eval(code.strip("`"))
+
+        expected.append([code, *(bad_evaluations_of_the_trace(make, num_good) for num_good in (1, 10))])
+    assert rows == expected, "the table should be:\n" + "\n".join(f"| {' | '.join(row)} |" for row in expected)
+
+
+def test_the_table_of_the_trace_has_what_the_detector_computes() -> None:
+    detector, short, long = DualTimeScaleDivergenceDetector(), TRACE[0], TRACE[0]
+    expected = []
+    for number, value in enumerate([*TRACE, TRACE[-1]], 1):
+        short, long = (level + alpha * (value - level) for level, alpha in ((short, 0.1), (long, 0.01)))
+        figures = (value, short, long, short - long, short - TRACE[0])
+        expected.append([str(number), *(f"{figure:.3f}" for figure in figures)])
+        assert detector.update(value).ends_training == (number == 6)
+        averages = detector.state_dict()["averages"]
+        assert (averages["short"], averages["long"]) == pytest.approx((short, long))
+    _, *rows = table_of(PAGE, "evaluation")
+    assert rows == expected, "the table should be:\n" + "\n".join(f"| {' | '.join(row)} |" for row in expected)
+
+
+def test_the_programs_of_the_page_run_and_say_what_is_shown(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = list(blocks_of(PAGE))
     shown = [(block, after) for block, after in itertools.pairwise(blocks) if after.language == "console"]
     assert shown

@@ -15,19 +15,20 @@ ROOT = Path(forgather_ckpt.__file__).parent
 LAYERS = [
     # words and the bytes below everything
     ("errors", "patterns", "dtypes", "hashtree", "metrics", "multilinear", "paths"),
-    ("strict_json", "topology", "boxes"),
+    ("strict_json", "topology", "boxes", "signals", "triggers", "resume_arguments"),
     # codecs
     ("values", "container", "manifest"),
-    ("names", "index"),
+    ("names", "index", "redaction", "command_line"),
     # decisions: pure
-    ("plan", "replication", "resume", "pieces", "parting", "matching", "policies", "callbacks"),
-    ("portions", "differences", "comparison", "retention"),
+    ("plan", "replication", "resume", "pieces", "parting", "matching", "policies", "changes"),
+    ("portions", "differences", "comparison", "control", "retention", "prompt"),
     ("inventory", "agreement"),
     # the file system
-    ("files", "liveness"),
-    ("lease", "catalog", "environment"),
-    ("commit", "verify", "digest_log", "choice", "annotations"),
-    ("divergence", "digest_writer", "pruning"),
+    ("files", "liveness", "launch"),
+    ("lease", "catalog", "environment", "callbacks", "resume_command"),
+    ("commit", "verify", "digest_log", "annotations", "attempts"),
+    ("divergence", "digest_writer", "pruning", "space"),
+    ("choice", "requests", "deleter"),
     ("cli",),
     ("__main__",),
     # --- no torch, no numpy above this line
@@ -45,6 +46,7 @@ LAYERS = [
     ("load",),
     ("warm_start",),
     ("coordinator",),
+    ("manager",),
     ("data",),
     ("trainers",),
     ("demo",),

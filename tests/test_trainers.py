@@ -96,7 +96,6 @@ def saves(output_dir: Path) -> list[tuple[int, str]]:
         ({"resume_from_checkpoint": "1000"}, "write a step as a number, resume_from_checkpoint=1000"),
         ({"resume_from_checkpoint": ""}, '"latest", "auto", or a path'),
         ({"resume_from_checkpoint": -1}, "write False to start fresh"),
-        ({"resume_from_checkpoint": None}, "write False to start fresh"),
         ({"resume_from_checkpoint": {"step": 1}}, "resume_from_checkpoint={'step': 1} is a dict: write True, False"),
         ({"resume_from_checkpoint": [1]}, "resume_from_checkpoint=[1] is a list"),
         ({"resume_from_checkpoint": 1.0}, "resume_from_checkpoint=1.0 is a float"),

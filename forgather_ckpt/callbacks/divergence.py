@@ -15,15 +15,17 @@ from typing import Any, Literal
 
 from forgather_ckpt.callbacks.averages import Averages, ExponentialAverages, WindowAverages
 from forgather_ckpt.callbacks.decision import CONTINUE, Action, Decision
+from forgather_ckpt.callbacks.events import TrainerControl, TrainerState
 from forgather_ckpt.callbacks.margin import Margin
 from forgather_ckpt.callbacks.saved import is_of_metric, saved_item, saved_number, saved_step
 from forgather_ckpt.callbacks.watched import WatchedMetric, is_sound, number_of
+from forgather_ckpt.callbacks.watcher import Watcher
 from forgather_ckpt.metrics import Mode
 
 logger = logging.getLogger(__name__)
 
 
-class _DivergenceDetector:
+class _DivergenceDetector(Watcher):
     """A metric, the averages of its values, and what they are compared with."""
 
     def __init__(
@@ -61,6 +63,24 @@ class _DivergenceDetector:
                 return self._threshold
             case other:
                 return Margin.parse("drift_threshold", other)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, *, logs: Mapping[str, Any], **kwargs: Any
+    ) -> None:
+        self.follow(self.observe(logs, state.global_step), control)
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, *, metrics: Mapping[str, Any], **kwargs: Any
+    ) -> None:
+        self.follow(self.observe(metrics, state.global_step), control)
+
+    def give_another_chance(self) -> None:
+        """Averages that would end the run begin anew; the best that the metric was stays.
+
+        Where the metric is as bad as it was, the run ends again as soon as there is an average of new values.
+        """
+        if self._decide().ends_training:
+            self._averages.clear()
 
     def observe(self, metrics: Mapping[str, Any], step: int) -> Decision:
         """Be told the metrics of an event, an evaluation or a log; those without the watched one change nothing.

@@ -5,14 +5,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from forgather_ckpt.callbacks.decision import CONTINUE, Action, Decision
+from forgather_ckpt.callbacks.events import TrainerControl, TrainerState
 from forgather_ckpt.callbacks.margin import Margin
 from forgather_ckpt.callbacks.saved import is_of_metric, saved_count, saved_number, saved_step
 from forgather_ckpt.callbacks.watched import WatchedMetric, is_sound, number_of
+from forgather_ckpt.callbacks.watcher import Watcher
 from forgather_ckpt.errors import LoadMismatch
 from forgather_ckpt.metrics import Mode
 
 
-class EarlyStopping:
+class EarlyStopping(Watcher):
     """Stops, with a checkpoint, a run that gets nowhere.
 
     - After `patience` checks in a row none of which was better than the best by more than `min_delta`, an amount or a
@@ -23,6 +25,9 @@ class EarlyStopping:
     - At once when the loss is not finite.
 
     Up to step `warmup_steps` only the last is looked at, and nothing else enters the state.
+
+    In a training, the checks are the values of logs and evaluations. The gradient norm, and whether the loss is finite,
+    are looked at after every step, for which the step waits for the device.
 
     >>> stopping = EarlyStopping(patience=2, warmup_steps=0)
     >>> [stopping.update(loss).ends_training for loss in (3.0, 2.0, 1.995, 2.1)]
@@ -56,6 +61,34 @@ class EarlyStopping:
         self._warmup_steps = warmup_steps
         self._grad_norm_key = grad_norm_key
         self._counted = _Counted()
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, *, metrics: Mapping[str, Any], **kwargs: Any
+    ) -> None:
+        """The value of a single step is too noisy to be a check, and is taken in only where it ends the run."""
+        value = self.metric.value_in(metrics)
+        if value is not None and is_sound(number_of(self.metric.key, value)):
+            value = None
+        norm = metrics.get(self._grad_norm_key)
+        self.follow(self.update(value, grad_norm=norm, step=state.global_step), control)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, *, logs: Mapping[str, Any], **kwargs: Any
+    ) -> None:
+        self.follow(self.update(self.metric.value_in(logs), step=state.global_step), control)
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, *, metrics: Mapping[str, Any], **kwargs: Any
+    ) -> None:
+        self.follow(self.update(self.metric.value_in(metrics), step=state.global_step), control)
+
+    def give_another_chance(self) -> None:
+        """Full counts begin anew, and the best stays: without improvement the run ends after `patience` more checks."""
+        counted = self._counted
+        if counted.num_stalled >= self._patience:
+            counted.num_stalled = 0
+        if counted.num_spikes >= self._grad_spike_patience:
+            counted.num_spikes = 0
 
     def observe(self, metrics: Mapping[str, Any], step: int) -> Decision:
         """Be told the metrics of an event; what they lack of the loss and the gradient norm changes nothing.

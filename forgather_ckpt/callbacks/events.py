@@ -26,7 +26,6 @@ class TrainerState:
     last_checkpoint_step: int | None = None
     last_save_seconds: float | None = None
     """How long training stood still for the last save of this process."""
-    best_metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_world_process_zero(self) -> bool:
@@ -59,6 +58,10 @@ class TrainerControl:
     def abort(self, reason: str) -> None:
         self.should_abort_without_save = True
         self.reasons.append(reason)
+
+    def clear(self) -> None:
+        """Take all flags down: the trainer has them."""
+        self.__init__()  # type: ignore[misc]
 
     def follow(self, decision: Decision) -> None:
         """Ask for what a watcher has decided."""

@@ -1,4 +1,4 @@
-"""`fgckpt`: look at the checkpoints of a run, check and compare them, without torch and without a job.
+"""`fgckpt`: look at the checkpoints of a run, check, compare and remove them, without torch and without a job.
 
 Data goes to stdout, messages and progress to stderr.
 """
@@ -11,10 +11,14 @@ from enum import IntEnum
 import click
 
 from forgather_ckpt.cli.anatomy import show
+from forgather_ckpt.cli.asking import save, stop
 from forgather_ckpt.cli.bisection import bisect
 from forgather_ckpt.cli.comparison import diff
 from forgather_ckpt.cli.listing import ls
+from forgather_ckpt.cli.pinning import pin, unpin
 from forgather_ckpt.cli.recording import digests
+from forgather_ckpt.cli.removal import prune
+from forgather_ckpt.cli.resumption import resume_command_
 from forgather_ckpt.cli.text import printable
 from forgather_ckpt.cli.verification import verify
 from forgather_ckpt.errors import CheckpointError, CheckpointNotFound, RunDirectoryInUse, StorageError
@@ -34,10 +38,13 @@ class Exit(IntEnum):
 
 _MEANINGS = {
     Exit.FINE: "fine, nothing found",
-    Exit.FOUND_SOMETHING: "the check found something: a checkpoint is damaged; with diff and bisect: they differ",
+    Exit.FOUND_SOMETHING: (
+        "the check found something: a checkpoint is damaged; with diff and bisect: they differ; with save and stop: not "
+        "done in time"
+    ),
     Exit.USAGE: "wrong usage; with diff and bisect also: no telling, a checkpoint is damaged or of other digests",
     Exit.NOT_FOUND: "no such run directory or checkpoint",
-    Exit.REFUSED: "refused, as another job writes to the run directory",
+    Exit.REFUSED: "refused, as a job writes to the run directory; with save and stop: as none does",
     Exit.IO: "the file system failed: not readable, no permission",
     Exit.INTERRUPTED: "interrupted",
 }
@@ -45,6 +52,9 @@ _MEANINGS = {
 _EPILOG = (
     "\b\nA SELECTOR is one of\n"
     "  latest, latest~1      the newest committed checkpoint, the one before it\n"
+    "  best, best~1          the best by the metric of the training (eval_loss), the second best\n"
+    "  emergency             the newest that a signal or a failure caused\n"
+    "  epoch:3               the one of the end of the third epoch\n"
     "  15000, step:15000     the checkpoint of that step\n"
     "  PATH                  a checkpoint directory\n"
     "  RUN, RUN@SELECTOR     with diff: the newest one of a run directory, or that one\n"
@@ -61,9 +71,12 @@ def fgckpt() -> None:
       fgckpt verify --all -d runs/gpt2
       fgckpt diff 100 200 -d runs/gpt2
       fgckpt bisect runs/gpt2 runs/replay
+      fgckpt resume-command best -d runs/gpt2
+      fgckpt prune --keep-last 3 --keep-best 2 -d runs/gpt2
+      fgckpt save runs/gpt2
 
-    Look at the checkpoints of a run, check them, and compare them. Data goes to stdout, messages to stderr; --json gives every
-    command's data to programs.
+    Look at the checkpoints of a run, check them, compare them, remove some, and ask a running job for one. Data goes to
+    stdout, messages to stderr; --json gives every command's data to programs.
     """
 
 
@@ -73,6 +86,12 @@ fgckpt.add_command(verify)
 fgckpt.add_command(diff)
 fgckpt.add_command(bisect)
 fgckpt.add_command(digests)
+fgckpt.add_command(prune)
+fgckpt.add_command(pin)
+fgckpt.add_command(unpin)
+fgckpt.add_command(save)
+fgckpt.add_command(stop)
+fgckpt.add_command(resume_command_)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

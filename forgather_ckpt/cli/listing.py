@@ -1,59 +1,107 @@
-"""`fgckpt ls`: the checkpoints of a run directory, one line each, from their manifests alone."""
+"""`fgckpt ls`: the checkpoints of a run directory, one line each, from their manifests and what was noted beside them."""
 
 import datetime
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from forgather_ckpt import files, paths
+from forgather_ckpt import annotations, choice, files, paths, pruning, retention
+from forgather_ckpt.annotations import Annotations
 from forgather_ckpt.catalog import Catalog, Checkpoint
 from forgather_ckpt.cli import selection, table, text
 from forgather_ckpt.cli.table import Column, Table
-from forgather_ckpt.manifest import CheckpointManifest
+from forgather_ckpt.errors import DeclarationError
+from forgather_ckpt.policies import Best, Stored
 
 _USUAL_METRICS = ("eval_loss", "loss")
 _NUM_NAMED = 3
+_NUM_BEST = 3
+_SIGNAL = re.compile(r"\bSIG[A-Z][A-Z0-9]*\b")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a checkpoint is in its run: roles, and what became known of it after it was saved."""
+
+    roles: tuple[str, ...]
+    metrics: Mapping[str, Any]
+    noted: Annotations
 
 
 @click.command("ls", short_help="List the checkpoints of a run directory.")
-@click.argument(
-    "directory", type=click.Path(file_okay=False, path_type=Path), envvar="FGCKPT_DIR", default=".", metavar="[DIR]"
-)
+@selection.run_argument
 @selection.json_option
-def ls(directory: Path, as_json: bool) -> None:
+def ls(run: Path, as_json: bool) -> None:
     """\b
     Example: fgckpt ls runs/gpt2
 
     List the checkpoints of the run directory DIR, newest first. DIR is $FGCKPT_DIR, else the current directory,
-    unless given. STATE is "ok" for a committed checkpoint: its manifest is whole and all files have their sizes.
-    `fgckpt verify` checks the bytes too.
+    unless given. ROLES say what a checkpoint is there for: latest, best (by the metric that has a column), epoch, emergency
+    (after which signal), final, pinned, quarantined; else periodic. STATE is "ok" for a committed checkpoint: its
+    manifest is whole and all files have their sizes. `fgckpt verify` checks the bytes too.
     """
-    selection.refuse_checkpoint(directory)
-    catalog = selection.scan(directory)
+    selection.refuse_checkpoint(run)
+    catalog = selection.scan(run)
+    best = _ranking(catalog)
+    noted = [annotations.read(one.path, one.manifest.digest) for one in catalog.checkpoints]
+    standings = standings_of(pruning.survey(catalog), noted, best)
     if as_json:
-        selection.write_json("fgckpt.ls/1", _data(directory, catalog))
+        selection.write_json("fgckpt.ls/1", _data(run, catalog, standings))
         return
     if catalog.checkpoints or catalog.rejected:
-        table.write(listing(catalog, datetime.datetime.now(datetime.UTC)))
-    click.echo(_summary(directory, catalog))
+        metric = shown_metric([one.metrics for one in standings], best)
+        table.write(listing(catalog, standings, metric, datetime.datetime.now(datetime.UTC)))
+    click.echo(_summary(run, catalog))
 
 
-def listing(catalog: Catalog, now: datetime.datetime) -> Table:
+def _ranking(catalog: Catalog) -> Best | None:
+    try:
+        return choice.ranking(catalog)
+    except DeclarationError:  # somebody's training arguments; that nothing is the best is seen in the list
+        return None
+
+
+def standings_of(found: Sequence[Stored], noted: Sequence[Annotations], best: Best | None) -> list[Standing]:
+    """What each checkpoint is in its run, newest first as they are given."""
+    counted = retention.countable(found)
+    derived = {one.path: ["latest"] for one in counted[:1]}
+    for place, (one, _) in enumerate(best.ranked(counted)[: max(_NUM_BEST, best.n)] if best else []):
+        derived.setdefault(one.path, []).append(f"best~{place}" if place else "best")
+    return [
+        Standing((*derived.get(one.path, []), *_own_roles(one)), one.metrics, said)
+        for one, said in zip(found, noted, strict=True)
+    ]
+
+
+def _own_roles(one: Stored) -> Iterator[str]:
+    if one.kind != "periodic":
+        yield one.kind
+    if one.is_pinned:
+        yield "pinned"
+    if one.is_quarantined:
+        yield "quarantined"
+
+
+def listing(catalog: Catalog, standings: Sequence[Standing], metric: str | None, now: datetime.datetime) -> Table:
     """The table: committed checkpoints, newest first, then what only looks like one."""
-    metric = shown_metric(catalog.checkpoints)
     columns = [
         Column("STEP", "right"),
         Column("EPOCH", "right"),
         Column("AGE", "right"),
-        Column("KIND"),
+        Column("ROLES"),
         *([] if metric is None else [Column(text.printable(metric), "right")]),
         Column("SIZE", "right"),
         Column("FILES", "right"),
         Column("STATE"),
     ]
-    rows = [_row(checkpoint, metric, now) for checkpoint in catalog.checkpoints]
+    rows = [
+        _row(checkpoint, standing, metric, now)
+        for checkpoint, standing in zip(catalog.checkpoints, standings, strict=True)
+    ]
     for rejected in reversed(catalog.rejected):
         step = paths.step_in(rejected.path.name)
         first = text.printable(rejected.path.name) if step is None else str(step)
@@ -61,29 +109,45 @@ def listing(catalog: Catalog, now: datetime.datetime) -> Table:
     return Table(columns, rows)
 
 
-def shown_metric(checkpoints: Sequence[Checkpoint]) -> str | None:
-    """The one metric that has a column: the usual ones first, else the first that the newest checkpoint has."""
-    named = [name for checkpoint in checkpoints for name in checkpoint.manifest.metrics]
-    return next((name for name in _USUAL_METRICS if name in named), named[0] if named else None)
+def shown_metric(metrics: Sequence[Mapping[str, Any]], best: Best | None) -> str | None:
+    """The one metric that has a column: the one that ranks, the usual ones, else the first that the newest checkpoint has."""
+    named = [name for of_one in metrics for name in of_one]
+    preferred = [*([] if best is None else [best.metric]), *_USUAL_METRICS]
+    return next((name for name in preferred if name in named), named[0] if named else None)
 
 
-def _row(checkpoint: Checkpoint, metric: str | None, now: datetime.datetime) -> list[str]:
+def _row(checkpoint: Checkpoint, standing: Standing, metric: str | None, now: datetime.datetime) -> list[str]:
     manifest = checkpoint.manifest
-    name = checkpoint.path.name
     return [
         str(manifest.step),
         "-" if manifest.epoch is None else text.epoch(manifest.epoch),
         age_of(manifest.created, now),
-        text.printable(manifest.kind),
-        *([] if metric is None else [_metric(manifest, metric)]),
+        text.printable(", ".join(_with_signal(role, standing.noted) for role in standing.roles) or manifest.kind),
+        *([] if metric is None else [_metric(standing.metrics, metric)]),
         text.size(manifest.num_bytes),
         str(len(manifest.files)),
-        "ok" if name == paths.checkpoint(manifest.step) else f"ok, as {text.printable(name)}",
+        _state(checkpoint, standing.noted),
     ]
 
 
-def _metric(manifest: CheckpointManifest, name: str) -> str:
-    return text.shortened(text.value(manifest.metrics[name]), 20) if name in manifest.metrics else "-"
+def _with_signal(role: str, noted: Annotations) -> str:
+    """`emergency SIGTERM`, where that was noted."""
+    signal = _SIGNAL.search("; ".join(noted.notes)) if role == "emergency" else None
+    return role if signal is None else f"{role} {signal[0]}"
+
+
+def _metric(metrics: Mapping[str, Any], name: str) -> str:
+    return text.shortened(text.value(metrics[name]), 20) if name in metrics else "-"
+
+
+def _state(checkpoint: Checkpoint, noted: Annotations) -> str:
+    name = checkpoint.path.name
+    parts = ["ok"]
+    if name != paths.checkpoint(checkpoint.manifest.step):
+        parts.append(f"as {text.printable(name)}")
+    if noted.quarantined is not None:
+        parts.append(f"quarantined: {text.printable(noted.quarantined)}")
+    return ", ".join(parts)
 
 
 def age_of(created: str, now: datetime.datetime) -> str:
@@ -115,7 +179,7 @@ def _summary(directory: Path, catalog: Catalog) -> str:
     return "  ".join(parts)
 
 
-def _data(directory: Path, catalog: Catalog) -> dict[str, Any]:
+def _data(directory: Path, catalog: Catalog, standings: Sequence[Standing]) -> dict[str, Any]:
     is_open = catalog.checkpoints and selection.of_newer_version(catalog) is None
     newest = catalog.checkpoints[0] if is_open else None
     return {
@@ -129,12 +193,16 @@ def _data(directory: Path, catalog: Catalog) -> dict[str, Any]:
                 "kind": checkpoint.manifest.kind,
                 "created": checkpoint.manifest.created,
                 "world_size": checkpoint.manifest.world_size,
-                "metrics": dict(checkpoint.manifest.metrics),
+                "roles": list(standing.roles),
+                "metrics": dict(standing.metrics),
+                "pinned": standing.noted.is_pinned,
+                "quarantined": standing.noted.quarantined,
+                "notes": list(standing.noted.notes),
                 "bytes": checkpoint.manifest.num_bytes,
                 "files": len(checkpoint.manifest.files),
                 "digest": checkpoint.manifest.digest,
             }
-            for checkpoint in catalog.checkpoints
+            for checkpoint, standing in zip(catalog.checkpoints, standings, strict=True)
         ],
         "rejected": [
             {"path": str(rejected.path.absolute()), "reason": rejected.reason} for rejected in catalog.rejected

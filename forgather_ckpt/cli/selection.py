@@ -1,20 +1,27 @@
 """Which run directory and which checkpoints a command is about, and the options that all commands share."""
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import click
 
-from forgather_ckpt import catalog, paths, resume, strict_json
+from forgather_ckpt import catalog, choice, paths, resume, strict_json
 from forgather_ckpt.catalog import Catalog, Rejected
+from forgather_ckpt.cli import text
 from forgather_ckpt.errors import CheckpointNotFound, UnsupportedVersion
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_BY_CATALOG = re.compile(r"latest(?:~\d{1,18})?|(?:step:)?(\d{1,18})", re.ASCII)
+
+class Refused(click.ClickException):
+    """What was asked for is possible, but not as things are; nothing was done."""
+
+    exit_code = 4
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"fgckpt: {text.printable(self.message)}", err=True)
 
 
 def run_option(command: F) -> F:
@@ -29,6 +36,13 @@ def run_option(command: F) -> F:
         default=".",
         show_default="the current directory",
         help="The run directory: output_dir of the training.",
+    )(command)
+
+
+def run_argument(command: F) -> F:
+    """`[DIR]`: the run directory, of commands that are about nothing else."""
+    return click.argument(
+        "run", type=click.Path(file_okay=False, path_type=Path), envvar="FGCKPT_DIR", default=".", metavar="[DIR]"
     )(command)
 
 
@@ -64,15 +78,15 @@ def of_newer_version(found: Catalog) -> Rejected | None:
 
 def find(run: Path, selector: str) -> Path:
     """The directory that a selector means. One given by its path, or by its step alone, need not be committed."""
-    match = _BY_CATALOG.fullmatch(selector)
-    if match is None:
+    if not resume.is_selector(selector):
         return _by_path(run, selector)
     found = scan(run)
     try:
-        return resume.choose([checkpoint.candidate for checkpoint in found.checkpoints], selector)[0].path
+        return choice.chosen_of(found, selector)[0].path
     except CheckpointNotFound as err:
+        step = resume.step_of(selector)
         for rejected in found.rejected:
-            if match[1] is not None and rejected.path.name == paths.checkpoint(int(match[1])):
+            if step is not None and rejected.path.name == paths.checkpoint(step):
                 return rejected.path
         raise CheckpointNotFound(f"{err.message} (in {run})", path=str(run)) from None
 
@@ -84,5 +98,5 @@ def _by_path(run: Path, selector: str) -> Path:
     if Path(selector).is_dir():
         raise CheckpointNotFound(f"{selector!r} is not a checkpoint; if it is a run directory, say --dir {selector}")
     raise CheckpointNotFound(
-        f"{selector!r} selects no checkpoint; use latest, latest~1, a step, or the path of a checkpoint directory"
+        f"{selector!r} selects no checkpoint; use {resume.SELECTORS}, or the path of a checkpoint directory"
     )

@@ -1,7 +1,6 @@
 """Which two checkpoints a command compares, and why it cannot."""
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +8,12 @@ from typing import IO, Any
 
 import click
 
-from forgather_ckpt import catalog, comparison, hashtree, paths, strict_json
+from forgather_ckpt import catalog, comparison, hashtree, paths, resume, strict_json
 from forgather_ckpt.catalog import Catalog, Checkpoint
 from forgather_ckpt.cli import selection, text
 from forgather_ckpt.errors import CheckpointError, CheckpointNotFound, StorageError, UnsupportedVersion
 from forgather_ckpt.manifest import MAX_BYTES
 
-_IS_BY_CATALOG = re.compile(r"latest(?:~\d{1,18})?|(?:step:)?\d{1,18}", re.ASCII)
 _NUM_NAMED_STEPS = 8
 
 
@@ -76,7 +74,7 @@ def warn_of_rejected(catalogs: Iterable[Catalog]) -> None:
 
 def _is_run(name: str) -> bool:
     """Whether this names a directory that is no checkpoint."""
-    return _IS_BY_CATALOG.fullmatch(name) is None and Path(name).is_dir() and not _looks_like_checkpoint(Path(name))
+    return not resume.is_selector(name) and Path(name).is_dir() and not _looks_like_checkpoint(Path(name))
 
 
 def _looks_like_checkpoint(path: Path) -> bool:
@@ -92,7 +90,7 @@ def _find(run: Path, name: str) -> Path:
         return selection.find(Path(path), selector)
     if _is_run(name):
         return selection.find(Path(name), "latest")
-    if _IS_BY_CATALOG.fullmatch(name) is None and Path(name).is_dir():
+    if not resume.is_selector(name) and Path(name).is_dir():
         return Path(name)
     return selection.find(run, name)
 

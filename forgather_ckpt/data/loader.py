@@ -11,6 +11,7 @@ from forgather_ckpt.data.batches import Batch, Samples
 from forgather_ckpt.data.position import GlobalPosition
 from forgather_ckpt.data.sampler import ShardedBatches
 from forgather_ckpt.data.seeding import KnowsEpoch, mixed_seed
+from forgather_ckpt.signals import held_back, worker_init
 
 
 class StatefulLoader:
@@ -84,6 +85,10 @@ class StatefulLoader:
                 "were used at once. Begin a new iteration after loading"
             )
 
+    def end_epoch(self) -> None:
+        """Leave out the rest of this epoch. Begin a new iteration after it."""
+        self._position = self._position.next_epoch()
+
     def state_dict(self) -> dict[str, Any]:
         return self._position.state_dict()
 
@@ -102,16 +107,17 @@ class StatefulLoader:
         # The generator is the DataLoader's own: without one, making the iterator draws from the global one. It
         # seeds the workers; with `samples` in it, a resumed epoch does not repeat the draws of its beginning.
         seed = mixed_seed("workers", position.seed, position.epoch, position.samples, self.rank)
-        return iter(
-            DataLoader(
-                cast("Dataset[Any]", self.dataset),
-                batch_sampler=self._batches(position, rank),
-                num_workers=self.num_workers,
-                collate_fn=self.collate_fn,
-                pin_memory=self.pin_memory,
-                generator=torch.Generator().manual_seed(seed),
-            )
+        batches = DataLoader(
+            cast("Dataset[Any]", self.dataset),
+            batch_sampler=self._batches(position, rank),
+            num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
+            pin_memory=self.pin_memory,
+            worker_init_fn=worker_init(),
+            generator=torch.Generator().manual_seed(seed),
         )
+        with held_back():
+            return iter(batches)
 
     def _remaining(self) -> ShardedBatches:
         return self._batches(self._position, self.rank)

@@ -168,11 +168,12 @@ class MoETrainer(DistributedTrainer):
             # It has the sum over the tokens of all ranks along ep, and the loss is the mean over ranks.
             own_gradient(parameter).div_(self.mesh["ep"].size())
 
-    def clip_gradients(self) -> None:
+    def clip_gradients(self) -> torch.Tensor:
         total = squared_norm(self.experts(), self.device)
         dist.all_reduce(total, group=self.mesh.get_group("ep"))
         norm = (total + squared_norm(self.dense(), self.device)).sqrt()
         scale_gradients(self.model.parameters(), norm, self.args.max_grad_norm)
+        return norm
 
     def dense(self) -> Iterator[nn.Parameter]:
         """What all ranks have."""

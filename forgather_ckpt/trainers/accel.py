@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from forgather_ckpt.data.batches import Batch, Samples
 from forgather_ckpt.trainers.arguments import TrainingArguments
+from forgather_ckpt.trainers.checks import refuse_unusable
 from forgather_ckpt.trainers.replicated import ReplicatedTrainer
-from forgather_ckpt.trainers.trainer import refuse_unusable
 
 try:
     from accelerate import Accelerator
@@ -85,16 +85,20 @@ class AccelTrainer(ReplicatedTrainer):
         with counting_to(len(batches), self.accelerator):
             for batch in batches:
                 with self.accelerator.accumulate(self.wrapped):
-                    with self.accelerator.autocast():
+                    with self.precision():
                         loss = self.compute_loss(self.wrapped, self.to_device(batch))
                     self.accelerator.backward(loss)
                 total += loss.detach() / len(batches)
         self.apply_gradients()
         return total
 
+    def precision(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = self.accelerator.autocast()
+        return context
+
     def apply_gradients(self) -> None:
         if self.args.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+            self.grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         scale = self.scaler.get_scale()
         self.accelerated.step()
         # Not `step_was_skipped`, which is False for fused optimizers: their own kernel skips the step.

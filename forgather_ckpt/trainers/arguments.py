@@ -1,12 +1,17 @@
 """What a training run is told: names and defaults as in Hugging Face's `TrainingArguments`, where they exist."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-SAVE_STRATEGIES = ("no", "steps", "epoch")
+from forgather_ckpt.policies import Policy
+from forgather_ckpt.retention import from_arguments, refuse_replaced
+from forgather_ckpt.triggers import SaveSchedule
+
+STRATEGIES = ("no", "steps", "epoch")
 CHECK_LEVELS = ("quick", "tensor", "full")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
@@ -32,18 +37,57 @@ class TrainingArguments:
     warmup_steps: int = 0
 
     logging_steps: int = 500
+
+    eval_strategy: str = "steps"
+    """When the evaluation dataset is gone through, where there is one: "no", "steps" or "epoch"."""
+    eval_steps: int = 250
+    """With "steps": evaluate when the step number is a multiple of this."""
+    max_eval_batches: int | None = 50
+    """Of each rank, the first of the dataset; None for all."""
+    per_device_eval_batch_size: int | None = None
+    """None: that of training."""
+
     save_strategy: str = "steps"
     save_steps: int = 500
     """With "steps": save when the step number is a multiple of this, so that a resume keeps the grid."""
+    save_seconds: float | None = None
+    """Save too whenever training has gone on for a multiple of so many seconds, over all lives of the run."""
+    eval_on_save: bool = False
+    """Evaluate before each save, so that every checkpoint can be among the best."""
+    save_total_limit: int | None = 10
+    """How many of the newest checkpoints are kept, beside the best and the others below; None: all."""
+    preserve_best_model: bool = False
+    preserve_n_best: int = 1
+    best_model_metric: str = "loss"
+    """Of the evaluation: "loss" is `eval_loss`."""
+    best_model_greater_is_better: bool | None = None
+    """None: the metric's name tells."""
+    keep_epoch_checkpoints: bool | int = False
+    """True for all that were saved at the end of an epoch, or how many."""
+    keep_emergency_checkpoints: int = 10
+    """Those that were saved after a signal, beside the newest."""
+
+    stop_signals: Sequence[str] = ("SIGTERM", "SIGINT", "SIGUSR1")
+    """On any rank: the training ends with an emergency checkpoint."""
+    grace_seconds: float = 30.0
+    """What remains between a signal and the kill; a save that takes longer is warned of."""
+    control_steps: int | None = None
+    """Every so many steps the ranks look whether one of them is to stop or to save; None: about once a second."""
+
     validate_replication_steps: int = 0
     """Compare the ranks' copies every so many steps too, not only at saves; 0: only at saves."""
     validate_replication_level: str | None = None
     """Of these checks: "quick", "tensor" or "full"; None: what each component says."""
     on_replica_mismatch: Literal["error", "warn"] = "error"
     """When copies differ: "error" ends the training, "warn" goes on, and saves store the majority's."""
-    resume_from_checkpoint: bool | int | str | Path = False
-    """True or "latest": the newest good checkpoint, an error if there is none; "auto": the newest good one, a
-    fresh start if there is none; a step (int) or a path: exactly that one."""
+    resume_from_checkpoint: bool | int | str | Path | None = None
+    """"auto": the newest good checkpoint, a fresh start if there is none; True or "latest": an error if there is none;
+    "best"; a step (int) or a path: exactly that one; False: a fresh start. None: where there are checkpoints, the person
+    at the terminal is asked, and without a terminal it is an error."""
+    max_load_attempts: int = 3
+    """A newest checkpoint on which the job has died so often while it loaded it is passed over."""
+    strict_args: bool = False
+    """Refuse to resume with arguments that are risky to change; else they are told."""
 
     fp16: bool = False
     bf16: bool = False
@@ -54,16 +98,22 @@ class TrainingArguments:
     """None: the accelerator of this process if there is one, else the CPU."""
     checkpoint_timeout_seconds: float = 600.0
 
+    def __new__(cls, *_: Any, **given: Any) -> "TrainingArguments":
+        refuse_replaced(given)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
-        for name in ("fp16", "bf16", "dispatch_batches"):
+        for name in ("fp16", "bf16", "dispatch_batches", "eval_on_save", "strict_args"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if (
@@ -74,8 +124,13 @@ class TrainingArguments:
             raise ValueError(
                 f"max_steps must be at least 1, or -1 to train for num_train_epochs, not {self.max_steps!r}"
             )
-        if self.save_strategy not in SAVE_STRATEGIES:
-            raise ValueError(f"save_strategy must be one of {', '.join(SAVE_STRATEGIES)}, not {self.save_strategy!r}")
+        for name in ("save_strategy", "eval_strategy"):
+            if getattr(self, name) not in STRATEGIES:
+                raise ValueError(f"{name} must be one of {', '.join(STRATEGIES)}, not {getattr(self, name)!r}")
+        if not _is_number(self.grace_seconds) or not self.grace_seconds > 0:
+            raise ValueError(f"grace_seconds must be above 0, not {self.grace_seconds!r}")
+        self.retention_policy()
+        self.save_schedule()
         if self.lr_scheduler_type not in LR_SCHEDULERS:
             raise ValueError(
                 f"lr_scheduler_type must be one of {', '.join(LR_SCHEDULERS)}, not {self.lr_scheduler_type!r}; "
@@ -96,7 +151,7 @@ class TrainingArguments:
 
     def _check_resume(self) -> None:
         match self.resume_from_checkpoint:
-            case bool() | Path():
+            case None | bool() | Path():
                 pass
             case int(step) if step < 0:
                 raise ValueError(f"resume_from_checkpoint={step} is no step; write False to start fresh")
@@ -105,8 +160,6 @@ class TrainingArguments:
                     f"resume_from_checkpoint={text!r}: write a step as a number, resume_from_checkpoint=1000, "
                     'or "latest", "auto", or a path'
                 )
-            case None:
-                raise ValueError("resume_from_checkpoint=None: write False to start fresh")
             case int() | str():
                 pass
             case other:
@@ -114,6 +167,27 @@ class TrainingArguments:
                     f"resume_from_checkpoint={other!r} is a {type(other).__name__}: write True, False, a step as a number, "
                     '"latest", "auto", or a path'
                 )
+
+    def retention_policy(self) -> Policy:
+        """Which checkpoints are kept."""
+        return from_arguments(
+            save_total_limit=self.save_total_limit,
+            preserve_best_model=self.preserve_best_model,
+            preserve_n_best=self.preserve_n_best,
+            best_model_metric=self.best_model_metric,
+            best_model_greater_is_better=self.best_model_greater_is_better,
+            keep_epoch_checkpoints=self.keep_epoch_checkpoints,
+            keep_emergency_checkpoints=self.keep_emergency_checkpoints,
+        )
+
+    def save_schedule(self) -> SaveSchedule:
+        """When checkpoints are saved."""
+        return SaveSchedule(
+            steps=self.save_steps if self.save_strategy == "steps" else None,
+            epochs=self.save_strategy == "epoch",
+            seconds=self.save_seconds,
+            at_end=self.save_strategy != "no",
+        )
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -137,6 +211,13 @@ _AT_LEAST = {
     "warmup_steps": 0,
     "logging_steps": 1,
     "save_steps": 1,
+    "eval_steps": 1,
+    "max_eval_batches": 1,
+    "per_device_eval_batch_size": 1,
+    "control_steps": 1,
+    "max_load_attempts": 1,
     "validate_replication_steps": 0,
     "dataloader_num_workers": 0,
 }
+
+_OPTIONAL = {"max_eval_batches", "per_device_eval_batch_size", "control_steps"}

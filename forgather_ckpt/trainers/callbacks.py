@@ -40,7 +40,8 @@ class CallbackStates:
     Each rank's are its own, and come back to it; on another number of ranks all get rank 0's (`taken_over`).
 
     Each is saved under its attribute `name`, or else that of its class. Callbacks may come and go between runs: a new
-    one starts fresh, the state of one that is gone is left in the checkpoint, and either is told.
+    one starts fresh, the state of one that is gone is left in the checkpoint, and either is told. One whose state cannot
+    be taken, stored or loaded is told of and left out, and harms neither the others nor the training.
     """
 
     def __init__(self, callbacks: Iterable[Any]) -> None:
@@ -52,13 +53,25 @@ class CallbackStates:
                     raise ValueError(f"two callbacks are called {name!r}: give each an attribute `name` of its own")
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: callback.state_dict() for name, callback in self._by_name.items()}
+        states = {}
+        for name, callback in self._by_name.items():
+            try:
+                state = callback.state_dict()
+                capture({name: state})  # which refuses what cannot be stored
+            except Exception as err:
+                logger.warning("the state of callback %r is not saved: %s: %s", name, type(err).__name__, err)
+            else:
+                states[name] = state
+        return states
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         for name in state_dict.keys() - self._by_name.keys():
             logger.warning("the checkpoint has the state of a callback %r, which this run does not have", name)
         for name, callback in self._by_name.items():
-            if name in state_dict:
-                callback.load_state_dict(state_dict[name])
-            else:
+            if name not in state_dict:
                 logger.warning("callback %r is not in the checkpoint, and starts fresh", name)
+                continue
+            try:
+                callback.load_state_dict(state_dict[name])
+            except Exception as err:
+                logger.warning("callback %r did not take its state: %s: %s", name, type(err).__name__, err)

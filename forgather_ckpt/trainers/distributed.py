@@ -54,3 +54,8 @@ class DistributedTrainer(Trainer):
     def reduce_loss(self, loss: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(loss)
         return loss / self.world_size
+
+    def reduce_sums(self, sums: torch.Tensor) -> torch.Tensor:
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        return sums

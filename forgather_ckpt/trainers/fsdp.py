@@ -102,15 +102,25 @@ class FSDPTrainer(DistributedTrainer):
         self.model.set_requires_gradient_sync(is_last)
         return nullcontext()
 
-    def clip_gradients(self) -> None:
+    def clip_gradients(self) -> torch.Tensor:
         norm = squared_norm(self.model.parameters(), self.device).sqrt()
         scale_gradients(self.model.parameters(), norm, self.args.max_grad_norm)
+        return norm
+
+    def evaluate(self) -> dict[str, float]:
+        metrics = super().evaluate()
+        self._reshard()
+        return metrics
 
     def get_state_components(self) -> list[StateComponent]:
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):  # after a forward pass without a backward one, parameters are whole
-                module.reshard()
+        self._reshard()
         return super().get_state_components()
+
+    def _reshard(self) -> None:
+        """After a forward pass without a backward one, parameters are whole."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def units_in(model: nn.Module, shard: Sequence[str] | Callable[[nn.Module], Iterable[nn.Module]]) -> list[nn.Module]:

@@ -175,15 +175,23 @@ class HybridTrainer(DistributedTrainer):
         average_gradients(self.model.parameters(), self.mesh.get_group("dp"))
         super().combine_gradients()
 
-    def clip_gradients(self) -> None:
+    def clip_gradients(self) -> torch.Tensor:
         norm = squared_norm(self.model.parameters(), self.device).sqrt()
         scale_gradients(self.model.parameters(), norm, self.args.max_grad_norm)
+        return norm
 
     def reduce_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """The mean over dp of what the ranks have that are first on tp, in one sum that all ranks get."""
         loss = loss if self.place("tp") == 0 else torch.zeros_like(loss)
         dist.all_reduce(loss)
         return loss / self.length("dp")
+
+    def reduce_sums(self, sums: torch.Tensor) -> torch.Tensor:
+        return super().reduce_sums(sums if self.place("tp") == 0 else torch.zeros_like(sums))
+
+    @property
+    def data_share(self) -> tuple[int, int]:
+        return self.place("dp"), self.length("dp")
 
     # What it declares
 
@@ -224,8 +232,8 @@ class HybridPipelineTrainer(HybridTrainer, PipelineTrainer):
         self.begin_alike(model)
         return PipelineTrainer.take_model(self, model)  # which cuts along tp once the stages are apart
 
-    def clip_gradients(self) -> None:
-        PipelineTrainer.clip_gradients(self)
+    def clip_gradients(self) -> torch.Tensor:
+        return PipelineTrainer.clip_gradients(self)
 
 
 def matching(module: nn.Module, pattern: str) -> list[str]:

@@ -1,7 +1,6 @@
 """The training loop on a model whose stages lie on different ranks, with `torch.distributed.pipelining`."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,21 +12,24 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import default_collate
 
+from forgather_ckpt.callbacks.events import TrainerCallback
 from forgather_ckpt.component import StateComponent
-from forgather_ckpt.coordinator import CheckpointCoordinator
 from forgather_ckpt.data.batches import Batch, Samples
 from forgather_ckpt.data.dispatch import DispatchingLoader
 from forgather_ckpt.data.loader import StatefulLoader
 from forgather_ckpt.data.position import merge_positions
+from forgather_ckpt.manager import CheckpointManager
 from forgather_ckpt.patterns import SharingPattern, ValidationLevel
 from forgather_ckpt.replication import describe
 from forgather_ckpt.trainers.arguments import TrainingArguments
+from forgather_ckpt.trainers.checks import refuse_unusable
 from forgather_ckpt.trainers.distributed import DistributedTrainer
+from forgather_ckpt.trainers.evaluation import EvalDataset, EvaluationBatches
 from forgather_ckpt.trainers.gradients import broadcast_from_first, own_gradient, scale_gradients, squared_norm
 from forgather_ckpt.trainers.micro_batches import digest_of, in_micro_batches, shapes_of
 from forgather_ckpt.trainers.pipeline_schedules import SCHEDULES, SafeStage
 from forgather_ckpt.trainers.stages import CanBeCut, Cut, Handed, Outline, Part, Share, Stage, dealt, parts_of
-from forgather_ckpt.trainers.trainer import Trainer, refuse_unusable, unwrapped
+from forgather_ckpt.trainers.trainer import NUM_SAMPLES, Trainer, unwrapped
 
 
 class PipelineTrainer(DistributedTrainer):
@@ -62,6 +64,8 @@ class PipelineTrainer(DistributedTrainer):
         optimizer: torch.optim.Optimizer | None = None,
         lr_scheduler: LRScheduler | None = None,
         data_collator: Callable[[list[Any]], Batch] | None = None,
+        eval_dataset: EvalDataset | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
         on_step_end: Sequence[Callable[["Trainer"], None]] = (),
     ) -> None:
         if schedule not in SCHEDULES:
@@ -86,6 +90,8 @@ class PipelineTrainer(DistributedTrainer):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             data_collator=data_collator,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
             on_step_end=on_step_end,
         )
         keep_own(self.optimizer, self.model)
@@ -110,7 +116,7 @@ class PipelineTrainer(DistributedTrainer):
                 share,
                 stages[number],
                 [parameters[name] for name in cut.parameters(number)],
-                self._precision,
+                self.precision,
                 None if number else self._micro_batches,
             )
             for number, owner in enumerate(ranks)
@@ -181,8 +187,8 @@ class PipelineTrainer(DistributedTrainer):
                     found[ranks] = group
         return found
 
-    def resume(self, coordinator: CheckpointCoordinator) -> Path | None:
-        path = super().resume(coordinator)
+    def resume(self, manager: CheckpointManager) -> Path | None:
+        path = super().resume(manager)
         if path is not None:
             # A group without parameters here is stored with those of other ranks; many schedules go on from its rate.
             for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
@@ -225,6 +231,14 @@ class PipelineTrainer(DistributedTrainer):
     def training_step(self, batches: Sequence[Batch]) -> torch.Tensor:
         """One optimizer step over one list of micro-batches; its mean loss where the last stage is, else zero."""
         [micro_batches] = batches
+        self._prepare(micro_batches)
+        loss = self._run(self._pipeline.step, micro_batches)
+        self.combine_gradients()
+        self.apply_gradients()
+        return loss
+
+    def _prepare(self, micro_batches: Sequence[Batch]) -> None:
+        """Make the schedule, the first time, and refuse micro-batches that do not go through it."""
         shapes = [shapes_of(batch) for batch in micro_batches]
         if self._pipeline is None:
             self._shapes = shapes[0]
@@ -235,19 +249,20 @@ class PipelineTrainer(DistributedTrainer):
                     f"a micro-batch has the shapes {found}, the first one of this run {self._shapes}: stages exchange "
                     "tensors of one size; collate all samples to one length"
                 )
+
+    def _run(self, schedule: Callable[..., Any], micro_batches: Sequence[Batch]) -> torch.Tensor:
+        """Take the micro-batches through the stages; their mean loss where the last one is, else zero."""
         self._micro_batches[:] = self.to_device(micro_batches)
         numbers = torch.arange(self.num_micro_batches)
         losses: list[torch.Tensor] = []
         is_first, is_last = 0 in self.stages, self.num_stages - 1 in self.stages
-        self._pipeline.step(
+        schedule(
             *([numbers] if is_first else []),
             target=numbers if is_last else None,
             losses=losses if is_last else None,
             return_outputs=False,
         )
         self._micro_batches.clear()
-        self.combine_gradients()
-        self.apply_gradients()
         return sum((loss.detach() for loss in losses), torch.zeros((), device=self.device))
 
     def reduce_loss(self, loss: torch.Tensor) -> torch.Tensor:
@@ -259,17 +274,49 @@ class PipelineTrainer(DistributedTrainer):
         for parameter, group in self._tied:
             dist.all_reduce(own_gradient(parameter), group=group)
 
-    def clip_gradients(self) -> None:
+    def clip_gradients(self) -> torch.Tensor:
         """Clip by the norm over all stages, in which a tied parameter counts once."""
         total = squared_norm(self._counted, self.device)
         dist.all_reduce(total, group=self.pipeline_group)
-        scale_gradients(self.model.parameters(), total.sqrt(), self.args.max_grad_norm)
+        norm = total.sqrt()
+        scale_gradients(self.model.parameters(), norm, self.args.max_grad_norm)
+        return norm
+
+    # Evaluation
+
+    @property
+    def data_share(self) -> tuple[int, int]:
+        return 0, 1
+
+    def create_evaluation(self) -> EvaluationBatches:
+        """Lists of micro-batches of the shapes of training; what is left at the end of the dataset is left out."""
+        if self.args.per_device_eval_batch_size not in (None, self.args.per_device_train_batch_size):
+            raise ValueError(
+                "per_device_eval_batch_size must be that of training, or None: the stages exchange tensors of one size"
+            )
+        return super().create_evaluation()
+
+    def evaluation_options(self) -> dict[str, Any]:
+        options = self.loader_options()
+        return {"batch_size": options["batch_size"], "collate_fn": options["collate_fn"], "drop_last": True}
+
+    def evaluation_sums(self) -> dict[str, torch.Tensor]:
+        """Of the mean loss, where the last stage is; zeros elsewhere."""
+        assert self._evaluation is not None
+        total, weight = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for micro_batches, num_samples in self._evaluation:
+            self._prepare(micro_batches)
+            total += self._run(self._pipeline.eval, micro_batches) * num_samples
+            weight += num_samples
+        is_last = self.num_stages - 1 in self.stages
+        return {"loss": total, NUM_SAMPLES: weight if is_last else torch.zeros_like(weight)}
 
     def _begin(self, micro_batches: Sequence[Batch]) -> Any:
         """The schedule of this run, once there is a batch from which the shapes follow that stages exchange."""
         self._refuse_unlike_batches(micro_batches)
         assert self._outline is not None
-        handed = self._outline.handed_on(micro_batches[0], self._precision)
+        with torch.enable_grad():  # an evaluation may come before the first step
+            handed = self._outline.handed_on(micro_batches[0], self.precision)
         self._outline = None
         stages = [self._torch_stage(number, handed) for number in self.stages]
         return SCHEDULES[self.schedule].of(stages, self.num_micro_batches, self._micro_batch_loss)
@@ -287,16 +334,13 @@ class PipelineTrainer(DistributedTrainer):
 
     def _micro_batch_loss(self, output: Any, number: torch.Tensor) -> torch.Tensor:
         batch = self._micro_batches[int(number)]
-        with self._precision():
+        with self.precision():
             if self._loss_of_output is not None:
                 loss = self._loss_of_output(output, batch)
             else:
                 assert isinstance(self.model, CanBeCut)
                 loss = self.model.pipeline_loss(output, batch)
         return loss / self.num_micro_batches
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, self.args.autocast_dtype, self.args.autocast_dtype is not None)
 
     def _refuse_unlike_batches(self, micro_batches: Sequence[Batch]) -> None:
         """The first stage reads the inputs and the last the targets: of the same samples, or nothing is learnt."""

@@ -18,13 +18,15 @@ from torch.distributed.pipelining import (
 
 
 class SafeStage(PipelineStage):
-    """A `PipelineStage` that goes around two faults of older releases of torch.
+    """A `PipelineStage` that goes around faults of torch: two of older releases, one of 2.13 as well.
 
     - Zero-bubble schedules take the gradients of weights apart from those of inputs, and torch 2.11 then counts some
       twice (pytorch issue 180952); 2.13 does not. With a release before that the schedules keep their order, but run
       each backward pass whole: that is right, and without the time that they are made to save.
     - Before the first step torch 2.11 sends something between all neighbours, also those on one rank, and gloo has no
       connection of a rank to itself.
+    - Where two stages that follow each other share a rank, schedules hand gradients over in an evaluation too, and torch
+      refuses to, as there are none.
     """
 
     def __init__(self, submodule: nn.Module, stage_index: int, num_stages: int, device: torch.device, **examples: Any):
@@ -33,6 +35,13 @@ class SafeStage(PipelineStage):
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         greetings = super()._get_init_p2p_neighbors_ops()
         return [greeting for greeting in greetings if greeting.group_peer != self.group_rank]
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()  # type: ignore[no-untyped-call]
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
 
 def _whole_backward() -> Callable[[], Callable[..., None]] | None:

@@ -62,3 +62,7 @@ class TrainResult:
     loss: float | None
     """Of the last step; None if there was none."""
     resumed_from: Path | None
+    stop_reason: str | None = None
+    """What ended the training before its time."""
+    exit_code: int = 0
+    """For the process: 0 where the training ended by itself or by a decision, 128 and the signal's number after a signal."""

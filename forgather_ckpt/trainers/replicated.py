@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from forgather_ckpt.coordinator import CheckpointCoordinator
+from forgather_ckpt.manager import CheckpointManager
 from forgather_ckpt.patterns import ValidationLevel
 from forgather_ckpt.trainers.distributed import DistributedTrainer
 from forgather_ckpt.trainers.trainer import unwrapped
@@ -38,13 +38,29 @@ class ReplicatedTrainer(DistributedTrainer):
         """The model in `DistributedDataParallel`, where there are other ranks."""
         raise NotImplementedError
 
-    def save(self, coordinator: CheckpointCoordinator, kind: str) -> None:
+    def save(self, manager: CheckpointManager, kind: str) -> None:
         self.synchronize_buffers()
-        super().save(coordinator, kind)
+        super().save(manager, kind)
 
-    def validate_replication(self, coordinator: CheckpointCoordinator) -> None:
+    def validate_replication(self, manager: CheckpointManager) -> None:
         self.synchronize_buffers()
-        super().validate_replication(coordinator)
+        super().validate_replication(manager)
+
+    def evaluate(self) -> dict[str, float]:
+        """With rank 0's buffers on all ranks, and afterwards each with its own again: what DDP makes of them it does at
+        its own time."""
+        own = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        self.synchronize_buffers()
+        try:
+            return super().evaluate()
+        finally:
+            for buffer, before in own:
+                buffer.copy_(before)
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The module inside DDP, which would exchange buffers, and so wait for ranks that have fewer batches."""
+        return self.wrapped if self.ddp is None else self.ddp.module
 
     def synchronize_buffers(self) -> None:
         """Buffers such as BatchNorm's differ until DDP copies rank 0's over the others', before the next forward pass.

@@ -2,10 +2,7 @@
 
 import math
 
-
-def is_multiple(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens after this one. Steps count from 1."""
-    return step > 0 and step % every == 0
+from forgather_ckpt.triggers import is_multiple as is_multiple
 
 
 def lr_factor(kind: str, step: int, *, warmup_steps: int, total_steps: int) -> float:

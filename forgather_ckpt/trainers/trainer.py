@@ -1,35 +1,40 @@
 """A training loop for one process: what it declares is saved, and a resume is exact to the bit."""
 
-import inspect
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.amp import GradScaler
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from forgather_ckpt.callbacks.events import TrainerCallback, TrainerState
 from forgather_ckpt.component import StateComponent
-from forgather_ckpt.coordinator import CheckpointCoordinator
+from forgather_ckpt.control import Wishes
 from forgather_ckpt.data.batches import Batch, Samples, map_leaves
 from forgather_ckpt.data.loader import StatefulLoader, in_groups
 from forgather_ckpt.data.position import merge_positions
 from forgather_ckpt.data.seeding import mixed_seed, seed_all
 from forgather_ckpt.differences import mismatch_error
-from forgather_ckpt.errors import CheckpointNotFound
+from forgather_ckpt.manager import CheckpointManager
 from forgather_ckpt.optimizer import NamedOptimizer
 from forgather_ckpt.patterns import SharingPattern, ValidationLevel
 from forgather_ckpt.rng import RNGState
 from forgather_ckpt.trainers.arguments import TrainingArguments
 from forgather_ckpt.trainers.callbacks import CallbackStates, taken_over
+from forgather_ckpt.trainers.checks import refuse_missing_device, refuse_unlike_ranks, refuse_unusable
+from forgather_ckpt.trainers.evaluation import EvalDataset, EvaluationBatches, undisturbed
+from forgather_ckpt.trainers.events import Events, StepMetrics
 from forgather_ckpt.trainers.progress import Progress, TrainResult
 from forgather_ckpt.trainers.schedule import is_multiple, lr_factor
 
 logger = logging.getLogger(__name__)
+
+NUM_SAMPLES = "number of samples"
 
 
 class Trainer:
@@ -39,8 +44,12 @@ class Trainer:
 
     Give `optimizer`, `lr_scheduler` or `compute_loss(model, batch)`, or override `create_optimizer`,
     `create_scheduler`, `compute_loss`, `training_step`. The `on_step_end` functions are called with the trainer
-    after each optimizer step, before the save that may be due; what they raise ends the training. One that has
-    `state_dict` and `load_state_dict` is saved, as rank 0 has it, under its `name` or else that of its class.
+    after each optimizer step, before the save that may be due; what they raise ends the training. `callbacks` are told
+    of more events, may ask for saves, evaluations and the end, and what they raise is logged
+    (`forgather_ckpt.callbacks`). Those of either that have `state_dict` and `load_state_dict` are saved.
+
+    `eval_dataset`, or a function that makes it when it is first needed, is gone through every `eval_steps`;
+    `compute_metrics(model, batch)` gives the means over a batch that are averaged, by default the loss alone.
     """
 
     shared: ClassVar[SharingPattern] = SharingPattern.GLOBAL
@@ -57,6 +66,9 @@ class Trainer:
         lr_scheduler: LRScheduler | None = None,
         compute_loss: Callable[[nn.Module, Batch], torch.Tensor] | None = None,
         data_collator: Callable[[list[Any]], Batch] | None = None,
+        eval_dataset: EvalDataset | None = None,
+        compute_metrics: Callable[[nn.Module, Batch], Mapping[str, Any]] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
         on_step_end: Sequence[Callable[["Trainer"], None]] = (),
     ) -> None:
         if lr_scheduler is not None and optimizer is None:
@@ -64,10 +76,14 @@ class Trainer:
         refuse_missing_device(args.device)
         self.args = args
         self.data_collator = data_collator
+        self.eval_dataset = eval_dataset
         self.on_step_end = tuple(on_step_end)
-        self.callbacks = CallbackStates(self.on_step_end)
+        self.callback_states = CallbackStates((*on_step_end, *callbacks))
         self._given_loss = compute_loss
+        self._given_metrics = compute_metrics
         self.device, self.rank, self.world_size = self.join_job()
+        self.state = TrainerState(rank=self.rank, world_size=self.world_size)
+        self.events = Events(callbacks, args, self.state)
         self.model = self.take_model(model)
         """The module itself: its names are the names in the checkpoint."""
         self.wrapped = self.wrap_model(model)
@@ -87,7 +103,11 @@ class Trainer:
         self.scaler = self.create_scaler()
         self.history: list[tuple[int, float]] = []
         """(step, mean loss since the entry before) every `logging_steps`, of this process's life only."""
-        self._last_saved_step = 0
+        self.grad_norm: torch.Tensor | None = None
+        """Of the last step, before clipping; None where gradients are not clipped."""
+        self._evaluation: EvaluationBatches | None = None
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})
+        """The last evaluation: at which step, and what it found."""
 
     # The run
 
@@ -96,74 +116,120 @@ class Trainer:
 
         A save that fails raises its `CheckpointError`, on every rank, and so ends the training.
         """
-        args = self.args
-        seed_all(args.seed + self.random_stream)
-        with CheckpointCoordinator(
-            self,
-            args.output_dir,
-            timeout_seconds=args.checkpoint_timeout_seconds,
-            on_mismatch=args.on_replica_mismatch,
-            training_args=args.to_json(),
-        ) as coordinator:
-            resumed_from = self.resume(coordinator)
-            self.wrapped.train()
-            while not self.is_finished():
-                for batches in in_groups(self.loader, self.batches_per_step):
-                    self.finish_step(self.reduce_loss(self.training_step(batches)))
-                    if args.validate_replication_steps and is_multiple(
-                        self.progress.step, args.validate_replication_steps
-                    ):
-                        self.validate_replication(coordinator)
-                    if args.save_strategy == "steps" and is_multiple(self.progress.step, args.save_steps):
-                        self.save(coordinator, "periodic")
-                    if self.is_finished():
-                        break
-                else:
-                    self.progress.epoch += 1
-                    if args.save_strategy == "epoch":
-                        self.save(coordinator, "epoch")
-            if args.save_strategy != "no":
-                self.save(coordinator, "final")
+        seed_all(self.args.seed + self.random_stream)
+        with self.create_manager() as manager:
+            manager.coordinator.agree("comparing the ranks", self.common_facts, refuse_unlike_ranks)
+            resumed_from = self.resume(manager)
+            with self._told_to_callbacks(manager):
+                self.run(manager)
+            self._tell_end(manager)
         return TrainResult(
             steps=self.progress.step,
             loss=self.progress.last_loss.item() if self.progress.step else None,
             resumed_from=resumed_from,
+            stop_reason="; ".join(manager.ending.reasons) or None,
+            exit_code=manager.exit_code,
         )
 
-    def resume(self, coordinator: CheckpointCoordinator) -> Path | None:
+    def create_manager(self) -> CheckpointManager:
+        """What saves, keeps and loads the checkpoints of this run."""
+        args = self.args
+        return CheckpointManager(
+            self,
+            args.output_dir,
+            schedule=args.save_schedule(),
+            policy=args.retention_policy(),
+            stop_signals=args.stop_signals,
+            control_steps=args.control_steps,
+            grace_seconds=args.grace_seconds,
+            max_load_attempts=args.max_load_attempts,
+            strict_args=args.strict_args,
+            timeout_seconds=args.checkpoint_timeout_seconds,
+            on_mismatch=args.on_replica_mismatch,
+            training_args=args.to_json(),
+        )
+
+    def common_facts(self) -> dict[str, Any]:
+        """What must be the same on all ranks, or they would come to the end, or to a log or a save, at different steps."""
+        settings = {name: value for name, value in self.args.to_json().items() if name not in ("output_dir", "device")}
+        length = self.loader.position.num_samples
+        return {**settings, "len(train_dataset)": length, "has eval_dataset": self.can_evaluate}
+
+    def run(self, manager: CheckpointManager) -> None:
+        """The loop over epochs and steps, until the training is finished or the ranks have agreed to end it."""
+        self.wrapped.train()
+        manager.agree(self.progress.step, must=True)  # a signal may have come while the state was loaded
+        while not self.is_over(manager):
+            self.tell(manager, "on_epoch_begin")
+            for batches in in_groups(self.loader, self.batches_per_step):
+                self.tell(manager, "on_step_begin")
+                self.finish_step(self.reduce_loss(self.training_step(batches)))
+                manager.step_done()
+                if self.after_step(manager) or self.is_over(manager):
+                    break
+            else:
+                self.progress.epoch += 1
+                self.after_epoch(manager)
+        if manager.schedule.at_end and not manager.ending.abort:
+            self.save(manager, manager.kind_of_last)
+
+    def is_over(self, manager: CheckpointManager) -> bool:
+        return self.is_finished() or manager.ending.ends_training
+
+    def after_step(self, manager: CheckpointManager) -> bool:
+        """What is due after a step: let the ranks agree, evaluate, save. Whether the epoch ends here by their will."""
+        args, step = self.args, self.progress.step
+        is_eval_due = self.can_evaluate and args.eval_strategy == "steps" and is_multiple(step, args.eval_steps)
+        is_save_due = manager.schedule.is_due(step)
+        is_log_due = is_multiple(step, args.logging_steps)
+        agreed = manager.agree(step, self.events.take_wishes(), must=is_eval_due or is_save_due or is_log_due)
+        if args.validate_replication_steps and is_multiple(step, args.validate_replication_steps):
+            self.validate_replication(manager)
+        if not agreed.abort and agreed.signal is None:  # after a signal time is short
+            is_judged = args.eval_on_save and self.can_evaluate and (is_save_due or agreed.save)
+            if is_eval_due or is_judged or (agreed.evaluate and self.can_evaluate):
+                agreed |= self.evaluate_and_tell(manager)
+        if agreed.log and not is_log_due:
+            self.log()
+        if agreed.signal is not None and not agreed.abort:
+            self.save(manager, "emergency")
+        elif (is_save_due or agreed.save) and not agreed.abort:
+            self.save(manager, "periodic")
+        if agreed.end_epoch and not self.is_over(manager):
+            self.loader.end_epoch()
+            self.progress.epoch += 1
+            self.after_epoch(manager)
+        return agreed.end_epoch
+
+    def after_epoch(self, manager: CheckpointManager) -> None:
+        self.tell(manager, "on_epoch_end")
+        if self.can_evaluate and self.args.eval_strategy == "epoch":
+            self.evaluate_and_tell(manager)
+        if self.args.save_strategy == "epoch" and not manager.ending.abort:
+            self.save(manager, "epoch")
+
+    def resume(self, manager: CheckpointManager) -> Path | None:
         """Load what `resume_from_checkpoint` asks for; the path that was loaded, None for a fresh start.
 
         All that draws numbers at the start has been made by now: the generators are loaded last.
         """
-        which = self.args.resume_from_checkpoint
-        if which is False:
+        manager.resume(self.args.resume_from_checkpoint)
+        report = manager.resumed
+        if report is None:
             return None
-        newest = which is True or which in ("latest", "auto")
-        try:
-            report = coordinator.load_checkpoint(None if newest else which)
-        except CheckpointNotFound as err:
-            if which == "auto":
-                return None
-            if newest:
-                raise CheckpointNotFound(
-                    f"{self.args.output_dir} has no checkpoint to resume from; with "
-                    'resume_from_checkpoint="auto" the run starts fresh where there is none',
-                    path=str(self.args.output_dir),
-                ) from err
-            raise
         if "rng" in report.skipped:
             # Streams of another world size: begin new ones, and not those that the run began with.
             seed_all(mixed_seed(self.args.seed, self.random_stream, self.progress.step))
-        self._last_saved_step = self.progress.step
         self.total_steps = self.count_total_steps()
+        self.state.resumed_from = report.path
         if self.rank == 0:
             logger.info("resumed from %s at step %d", report.path, self.progress.step)
         return report.path
 
-    def validate_replication(self, coordinator: CheckpointCoordinator) -> None:
+    def validate_replication(self, manager: CheckpointManager) -> None:
         """Compare the ranks' copies of what they share; what differs ends the training, or is told."""
         step = self.progress.step
-        reports = coordinator.validate_replication(self.args.validate_replication_level, step=step)
+        reports = manager.coordinator.validate_replication(self.args.validate_replication_level, step=step)
         if all(report.is_equal for report in reports.values()):
             return
         error = mismatch_error(reports.values())
@@ -171,20 +237,149 @@ class Trainer:
             raise error
         logger.warning("at step %d: %s", step, error.message)
 
-    def save(self, coordinator: CheckpointCoordinator, kind: str) -> None:
-        """Save, unless this step is saved already."""
-        if self._last_saved_step == self.progress.step:
+    def save(self, manager: CheckpointManager, kind: str) -> None:
+        """Save, unless this step is saved already, or the evaluation before it aborts the training."""
+        step, position = self.progress.step, self.loader.position
+        if step == 0 or manager.last_step == step:
             return
-        position = self.loader.position
-        path = coordinator.save_checkpoint(
-            self.progress.step,
+        if self.args.eval_on_save and self.can_evaluate and manager.ending.signal is None:
+            if self._evaluated[0] != step:
+                self.evaluate_and_tell(manager)
+            if manager.ending.abort:
+                return
+        path = manager.save(
+            step,
             epoch=self.progress.epoch + position.samples / position.num_samples,
-            metrics={"loss": self.progress.last_loss.item()},
+            metrics={
+                "loss": self.progress.last_loss.item(),
+                **(self._evaluated[1] if self._evaluated[0] == step else {}),
+            },
             kind=kind,
         )
-        self._last_saved_step = self.progress.step
+        self.tell(manager, "on_save", path=path, kind=kind)
+
+    # Evaluation
+
+    @property
+    def can_evaluate(self) -> bool:
+        return self.eval_dataset is not None
+
+    def evaluate_and_tell(self, manager: CheckpointManager) -> Wishes:
+        """Evaluate, tell the callbacks, and let the ranks agree on what these ask for."""
+        step = self.progress.step
+        if self._evaluation is None:
+            manager.coordinator.agree("loading the evaluation data", self._begin_evaluation)
+        metrics = self.evaluate()
+        if manager.last_step == step:
+            manager.note_metrics(step, metrics)
         if self.rank == 0:
-            logger.info("saved %s", path)
+            logger.info("step %d: %s", step, ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+        self.tell(manager, "on_evaluate", metrics=metrics)
+        return manager.agree(step, self.events.take_wishes(), must=True)
+
+    def evaluate(self) -> dict[str, float]:
+        """The mean metrics of the evaluation dataset, named `eval_…`, the same on all ranks.
+
+        Training goes on as if it had not been: its random numbers, modes and data stay as they are.
+        """
+        if self._evaluation is None:
+            self._begin_evaluation()
+        with undisturbed(self.model, self.args.seed + self.random_stream):
+            sums = self.evaluation_sums()
+        names = list(sums)
+        totals = self.reduce_sums(torch.stack([sums[name].double() for name in names])).tolist()
+        weight = totals[names.index(NUM_SAMPLES)]
+        metrics = {
+            name if name.startswith("eval_") else f"eval_{name}": total / weight
+            for name, total in zip(names, totals, strict=True)
+            if name != NUM_SAMPLES
+        }
+        self._evaluated = self.progress.step, metrics
+        return metrics
+
+    def _begin_evaluation(self) -> None:
+        self._evaluation = self.create_evaluation()
+
+    def create_evaluation(self) -> EvaluationBatches:
+        """The batches of this rank; the dataset is made now, if it was given as a function."""
+        dataset = self.eval_dataset
+        if not isinstance(dataset, Samples):
+            if not callable(dataset):
+                raise ValueError(f"there is nothing to evaluate on: eval_dataset is {dataset!r}")
+            dataset = dataset()
+        rank, world_size = self.data_share
+        return EvaluationBatches(
+            dataset,
+            rank=rank,
+            world_size=world_size,
+            max_batches=self.args.max_eval_batches,
+            **self.evaluation_options(),
+        )
+
+    def evaluation_options(self) -> dict[str, Any]:
+        size = self.args.per_device_eval_batch_size or self.args.per_device_train_batch_size
+        return {"batch_size": size, "collate_fn": self.data_collator}
+
+    def evaluation_sums(self) -> dict[str, torch.Tensor]:
+        """Of this rank: the sum of each metric over its samples, and under `NUM_SAMPLES` how many these are."""
+        assert self._evaluation is not None
+        sums: dict[str, torch.Tensor] = {}
+        for batch, weight in self._evaluation:
+            found = {**self.evaluation_step(self.to_device(batch)), NUM_SAMPLES: 1.0}
+            for name in sorted(found):
+                value = torch.as_tensor(found[name], device=self.device).detach().float() * weight
+                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
+        return sums
+
+    def evaluation_step(self, batch: Batch) -> Mapping[str, Any]:
+        """The means of one batch."""
+        with self.precision():
+            if self._given_metrics is not None:
+                return self._given_metrics(self.evaluated_model, batch)
+            return {"loss": self.compute_loss(self.evaluated_model, batch)}
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """What is called in an evaluation."""
+        return self.wrapped
+
+    # Telling
+
+    @contextmanager
+    def _told_to_callbacks(self, manager: CheckpointManager) -> Iterator[None]:
+        """Around the run: the callbacks hear of its beginning, and of its end however it ends."""
+        self.tell(manager, "on_train_begin")
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as err:
+            error = err
+            raise
+        finally:
+            self.tell(manager, "on_train_end", error=error)
+            self.events.tell_failures()
+
+    def tell(self, manager: CheckpointManager, event: str, **facts: Any) -> None:
+        """Call an event of all callbacks, with where the run is."""
+        state = self.update_state()
+        state.last_checkpoint, state.last_checkpoint_step = manager.last_path, manager.last_step
+        state.last_save_seconds = manager.last_save_seconds
+        self.events.tell(event, **facts)
+
+    def update_state(self) -> TrainerState:
+        state, position = self.state, self.loader.position
+        state.global_step, state.max_steps = self.progress.step, self.total_steps
+        state.epoch = self.progress.epoch + position.samples / position.num_samples
+        return state
+
+    def _tell_end(self, manager: CheckpointManager) -> None:
+        if self.rank != 0:
+            return
+        told = "; ".join(manager.ending.reasons)
+        lines = ["Training complete!" if not manager.ending.ends_training else f"Training ended: {told}"]
+        lines += filter(None, [manager.get_best_checkpoints_summary()])
+        rule = "=" * 60
+        logger.info("%s", "\n".join([rule, *lines, rule]))
 
     def is_finished(self) -> bool:
         if self.args.max_steps > 0:
@@ -207,7 +402,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, start=1):
             with self.gradient_exchange(is_last=number == len(batches)):
-                with torch.autocast(self.device.type, self.args.autocast_dtype, self.args.autocast_dtype is not None):
+                with self.precision():
                     loss = self.compute_loss(self.wrapped, self.to_device(batch)) / len(batches)
                 torch.autograd.backward(self.scaler.scale(loss))
             total += loss.detach()
@@ -237,7 +432,7 @@ class Trainer:
     def apply_gradients(self) -> None:
         if self.args.max_grad_norm > 0:
             self.scaler.unscale_(self.optimizer)
-            self.clip_gradients()
+            self.grad_norm = self.clip_gradients()
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -245,18 +440,40 @@ class Trainer:
             self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def clip_gradients(self) -> None:
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+    def clip_gradients(self) -> torch.Tensor:
+        """Clip to `max_grad_norm`; the norm before."""
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
 
     def finish_step(self, loss: torch.Tensor) -> None:
-        """Count the step, log if it is time, and call the hooks."""
+        """Count the step, log if it is time, and call the hooks and callbacks."""
         self.progress.add_step(loss)
         if is_multiple(self.progress.step, self.args.logging_steps):
-            self.history.append((self.progress.step, self.progress.take_mean_loss()))
-            if self.rank == 0:
-                logger.info("step %d of %d: loss %.6g", self.progress.step, self.total_steps, self.history[-1][1])
+            self.log()
         for hook in self.on_step_end:
             hook(self)
+        if self.events.callbacks:
+            self.update_state()
+            self.events.tell("on_step_end", metrics=StepMetrics(self.step_numbers()))
+
+    def step_numbers(self) -> dict[str, torch.Tensor | float]:
+        """What there is to tell of the last step, where it lies."""
+        numbers: dict[str, torch.Tensor | float] = {
+            "loss": self.progress.last_loss,
+            "learning_rate": float(self.lr_scheduler.get_last_lr()[0]),
+        }
+        return numbers if self.grad_norm is None else {**numbers, "grad_norm": self.grad_norm}
+
+    def log(self) -> None:
+        """Tell the mean loss since the last time; nothing where there was no step since."""
+        if not self.progress.num_losses:
+            return
+        step = self.progress.step
+        numbers = {**StepMetrics(self.step_numbers()), "loss": self.progress.take_mean_loss()}
+        self.history.append((step, numbers["loss"]))
+        if self.rank == 0:
+            logger.info("step %d of %d: loss %.6g", step, self.total_steps, numbers["loss"])
+        self.update_state()
+        self.events.tell("on_log", logs=numbers)
 
     def to_device(self, batch: Batch) -> Batch:
         return map_leaves(
@@ -272,7 +489,7 @@ class Trainer:
             StateComponent("optimizer", NamedOptimizer(self.optimizer, [self.model]), self.shared),
             StateComponent("scheduler", self.lr_scheduler, self.shared),
             StateComponent("trainer", self.progress, self.shared),
-            StateComponent("callbacks", self.callbacks, SharingPattern.PER_RANK, on_resize=taken_over),
+            StateComponent("callbacks", self.callback_states, SharingPattern.PER_RANK, on_resize=taken_over),
             self.data_component(),
             StateComponent("rng", RNGState(), SharingPattern.PER_RANK, on_resize="drop"),
         ]
@@ -353,33 +570,21 @@ class Trainer:
         """The mean over all ranks."""
         return loss
 
+    def reduce_sums(self, sums: torch.Tensor) -> torch.Tensor:
+        """The sums over the ranks that read different data, the same on all."""
+        return sums
+
+    @property
+    def data_share(self) -> tuple[int, int]:
+        """Which of how many shares of the data is this rank's."""
+        return self.rank, self.world_size
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Around a forward pass."""
+        return torch.autocast(self.device.type, self.args.autocast_dtype, self.args.autocast_dtype is not None)
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile`'s wrapper, whose names do not begin with `_orig_mod.`."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
-
-
-def refuse_missing_device(device: str | None) -> None:
-    if device is None or torch.device(device).type != "cuda":
-        return
-    if not torch.cuda.is_available():
-        raise ValueError(
-            f'device={device!r}, but torch finds no CUDA device here (torch {torch.__version__}); write device="cpu", or '
-            "None for what there is"
-        )
-
-
-def refuse_unusable(optimizer: torch.optim.Optimizer, lr_scheduler: LRScheduler) -> None:
-    """Refuse what the loop, which calls `step()` without arguments, could not drive."""
-    parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
-    if any(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in parameters):
-        raise ValueError(
-            f"{type(optimizer).__name__}.step() needs a closure that computes the loss again, and the training loop gives "
-            "none; use an optimizer that steps without one, or override apply_gradients"
-        )
-    if isinstance(lr_scheduler, ReduceLROnPlateau):
-        raise ValueError(
-            "ReduceLROnPlateau.step() needs a metric, and the training loop gives none; use a schedule that depends on the "
-            "step alone, or override apply_gradients"
-        )

@@ -2,7 +2,7 @@
 # Train on this machine. A job that fails is started again, and goes on from its newest good checkpoint if the
 # training command resumes by itself, as the demo does.
 #
-#   scripts/launch/one_node.sh -m forgather_ckpt.demo --output-dir runs/a
+#   scripts/launch/one_node.sh -m forgather_ckpt.demo --auto-resume --output-dir runs/a
 #   NPROC_PER_NODE=4 scripts/launch/one_node.sh train.py --output-dir runs/b
 #
 #   NPROC_PER_NODE    processes (auto: one for each GPU; without GPUs, one for each CPU core)

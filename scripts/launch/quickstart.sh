@@ -96,7 +96,7 @@ log_says() {
 # ---- 2
 
 head_line "2/8  Train, and kill one of the two processes while it writes the checkpoint of step 40"
-command=(--output-dir "$OUT/run" --kill-in-save 40)
+command=(--auto-resume --output-dir "$OUT/run" --kill-in-save 40)
 if train killed "${command[@]}"; then
     fail "the process was to be killed, but the training went through; see $OUT/killed.log"
 fi

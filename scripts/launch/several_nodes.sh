@@ -2,7 +2,7 @@
 # Train on several machines: give the same line on each of them, in any order. The run directory must be on a file
 # system that all of them share. (For Slurm there is slurm.sbatch.)
 #
-#   HEAD=node01:29500 NNODES=2 RUN_ID=a scripts/launch/several_nodes.sh -m forgather_ckpt.demo --output-dir /shared/runs/a
+#   HEAD=node01:29500 NNODES=2 RUN_ID=a scripts/launch/several_nodes.sh -m forgather_ckpt.demo --auto-resume --output-dir /shared/runs/a
 #
 #   HEAD              host:port of one of the machines, where the agents meet; the port must be free there
 #   NNODES            how many machines, or MIN:MAX: the job goes on with what is left, and takes in who joins

@@ -2,7 +2,7 @@
 # Several nodes on this one machine: an agent for each, which meet as they would over a network. For trying out what a
 # job of several nodes does, for one: end an agent and its processes, and see the others restart.
 #
-#   scripts/launch/simulated_nodes.sh -m forgather_ckpt.demo --output-dir runs/a
+#   scripts/launch/simulated_nodes.sh -m forgather_ckpt.demo --auto-resume --output-dir runs/a
 #   NNODES=1:2 MAX_RESTARTS=3 scripts/launch/simulated_nodes.sh train.py --output-dir runs/b
 #
 #   NNODES            how many nodes, or MIN:MAX, of which MAX are started (2)

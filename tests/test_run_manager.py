@@ -1,0 +1,580 @@
+"""When a run saves, what it keeps, and when it ends: with real trainers, on one and two processes."""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from forgather_ckpt import annotations, catalog, load_component, pruning, requests, retention
+from forgather_ckpt.callbacks import TrainerCallback
+from forgather_ckpt.manifest import CheckpointManifest
+from forgather_ckpt.trainers import DDPTrainer, Trainer
+from tests.ranks import errors, run_ranks
+from tests.runs import AskAt, Diary, Lines, Noise, kept, same_on_all, trainer_of
+
+pytestmark = pytest.mark.multiprocess
+
+NUM_RANKS = 2
+
+
+def train(run: Path, **given: Any) -> Any:
+    """Train on two ranks; what each rank's training came to: (steps, reason, exit code)."""
+
+    def case(rank: int, world_size: int) -> Any:
+        made = {name: value(rank) if callable(value) else value for name, value in given.items()}
+        result = trainer_of(DDPTrainer, run, **made).train()
+        return result.steps, result.stop_reason, result.exit_code
+
+    return same_on_all(run_ranks(NUM_RANKS, case, timeout=90))
+
+
+# ---- flags
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_log", "on_evaluate"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_b59_a_stop_on_one_rank_stops_all_at_that_step_with_a_checkpoint(tmp_path, rank, event):
+    steps = train(
+        tmp_path,
+        eval_dataset=lambda _: Noise(10, seed=1),
+        eval_steps=2,
+        logging_steps=2,
+        callbacks=lambda _: [AskAt({6: "should_training_stop"}, rank, event)],
+    )
+    assert steps == (6, f"asked at 6 (rank {rank})", 0)
+    assert kept(tmp_path) == [(4, "periodic"), (6, "final")]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_abort_on_one_rank_ends_all_without_a_checkpoint(tmp_path, rank):
+    result = train(tmp_path, callbacks=lambda _: [AskAt({8: "should_abort_without_save"}, rank)])
+    assert result == (8, f"asked at 8 (rank {rank})", 0)
+    assert kept(tmp_path) == [(4, "periodic")], "the save that was due at step 8 was given up"
+
+
+def test_b58_an_abort_in_the_evaluation_before_a_save_cancels_that_save(tmp_path):
+    result = train(
+        tmp_path,
+        eval_dataset=lambda _: Noise(10, seed=1),
+        eval_strategy="no",
+        eval_on_save=True,
+        save_total_limit=1,
+        callbacks=lambda _: [AskAt({8: "should_abort_without_save"}, 1, "on_evaluate")],
+    )
+    assert result == (8, "asked at 8 (rank 1)", 0)
+    assert kept(tmp_path) == [(4, "periodic")], "nor has it pushed the good one out"
+
+
+def test_a_save_that_one_rank_asks_for_is_made_by_all(tmp_path):
+    train(tmp_path, callbacks=lambda _: [AskAt({5: "should_save", 7: "should_save"}, 1)])
+    assert [step for step, _ in kept(tmp_path)] == [4, 5, 7, 8, 12]
+
+
+def test_an_evaluation_and_a_log_that_one_rank_asks_for_are_made_by_all(tmp_path):
+    def case(rank: int, world_size: int) -> Any:
+        diary = Diary()
+        wishes = AskAt({3: "should_evaluate", 5: "should_log"}, rank=1)
+        trainer_of(
+            DDPTrainer, tmp_path, max_steps=6, eval_steps=6, eval_dataset=Noise(10), callbacks=[diary, wishes]
+        ).train()
+        return diary.of("on_evaluate"), diary.of("on_log")
+
+    assert same_on_all(run_ranks(NUM_RANKS, case)) == ([3, 6], [4, 5])
+
+
+def test_b59_an_epoch_that_one_rank_ends_is_left_by_all_and_the_next_one_is_trained(tmp_path):
+    def case(rank: int, world_size: int) -> Any:
+        diary = Diary()
+        trainer = trainer_of(
+            DDPTrainer,
+            tmp_path,
+            max_steps=-1,
+            num_train_epochs=2,
+            callbacks=[diary, AskAt({3: "should_epoch_stop"}, rank=1)],
+        )
+        result = trainer.train()
+        return result.steps, trainer.progress.epoch, diary.of("on_epoch_begin"), diary.of("on_epoch_end")
+
+    # 64 samples make 8 steps of an epoch on two ranks
+    assert same_on_all(run_ranks(NUM_RANKS, case)) == (11, 2, [0, 3], [3, 11])
+
+
+def test_flags_are_followed_within_the_steps_between_two_looks(tmp_path):
+    steps, *_ = train(
+        tmp_path,
+        control_steps=5,
+        save_steps=100,
+        logging_steps=100,
+        max_steps=50,
+        callbacks=lambda _: [AskAt({6: "should_training_stop"}, 1)],
+    )
+    assert steps == 10
+
+
+def test_without_a_number_of_steps_the_ranks_look_about_once_a_second(tmp_path):
+    steps, *_ = train(
+        tmp_path,
+        control_steps=None,
+        save_steps=1000,
+        logging_steps=1000,
+        max_steps=1000,
+        callbacks=lambda _: [AskAt({3: "should_training_stop"}, 1)],
+    )
+    assert 3 <= steps <= 3 + 2 * 50
+
+
+# ---- callbacks
+
+
+class Broken(TrainerCallback):
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        raise ValueError("broken on purpose")
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        raise RuntimeError("and again")
+
+
+@pytest.mark.parametrize("kind", [Trainer, DDPTrainer])
+def test_b47_a_broken_callback_harms_neither_the_training_nor_the_others(tmp_path, kind):
+    def case(rank: int, world_size: int) -> Any:
+        diary = Diary()
+        with Lines() as told:
+            result = trainer_of(kind, tmp_path, max_steps=4, callbacks=[Broken(), diary]).train()
+        return result.steps, diary.of("on_step_end"), [line for line in told.lines if "Broken" in line]
+
+    steps, told, lines = run_ranks(1, case)[0].value
+    assert (steps, told) == (4, [1, 2, 3, 4])
+    assert lines == [
+        "callback Broken.on_step_end failed at step 1; it will be called again",
+        "callback Broken.on_log failed at step 4; it will be called again",
+        "callback Broken.on_step_end failed 4 times; the first one is in the log above",
+        "callback Broken.on_log failed 1 times; the first one is in the log above",
+    ]
+
+
+class Counts(TrainerCallback):
+    """Counts steps, and keeps the count."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.count = name, 0
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+class FailsToSave(Counts):
+    def state_dict(self) -> dict[str, Any]:
+        raise ValueError("no state today")
+
+
+class CannotBeStored(Counts):
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": print}
+
+
+class FailsToLoad(Counts):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise TypeError("what is this")
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        (FailsToSave, ["not saved: ValueError: no state today", "'broken' is not in the checkpoint, and starts fresh"]),
+        (CannotBeStored, ["not saved: StructureError: ", "'broken' is not in the checkpoint, and starts fresh"]),
+        (FailsToLoad, ["'broken' did not take its state: TypeError: what is this"]),
+    ],
+)
+def test_b47_a_callback_whose_state_fails_loses_only_its_own(tmp_path, broken, told):
+    counts: list[list[int]] = []
+    with Lines(logging.WARNING) as lines:
+        for max_steps in (4, 8):
+            callbacks = [Counts("first"), broken("broken"), Counts("last")]
+            trainer_of(Trainer, tmp_path, max_steps=max_steps, callbacks=callbacks).train()
+            counts.append([callback.count for callback in callbacks])
+    assert counts == [[4, 4, 4], [8, 4, 8]]
+    for part in told:
+        assert any(part in line for line in lines.lines), lines.lines
+
+
+def test_b46_callbacks_keep_their_states_in_another_order_and_with_new_ones_among_them(tmp_path):
+    trainer_of(Trainer, tmp_path, max_steps=4, callbacks=[Counts("a"), Counts("b")]).train()
+    callbacks = [Counts("new"), Counts("b"), Counts("a")]
+    callbacks[1].count = callbacks[2].count = 100
+    trainer_of(Trainer, tmp_path, max_steps=5, callbacks=callbacks).train()
+    assert [callback.count for callback in callbacks] == [1, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (lambda rank: {"dataset": Noise(64 - rank)}, "len(train_dataset) is 64 on rank 0 and 63 on rank 1"),
+        (lambda rank: {"max_steps": 12 + rank}, "max_steps is 12 on rank 0 and 13 on rank 1"),
+        (lambda rank: {"logging_steps": 4 - rank}, "logging_steps is 4 on rank 0 and 3 on rank 1"),
+        (
+            lambda rank: {"eval_dataset": Noise(8) if rank else None},
+            "has eval_dataset is False on rank 0 and True on rank 1",
+        ),
+    ],
+)
+def test_b49_ranks_that_would_end_or_meet_at_different_steps_are_told_before_the_first_one(tmp_path, given, problem):
+    def case(rank: int, world_size: int) -> Any:
+        trainer_of(DDPTrainer, tmp_path, **given(rank)).train()
+
+    for error in errors(run_ranks(NUM_RANKS, case)):
+        assert f"{problem}; it must be the same on all ranks" in error.message
+
+
+def test_b49_a_trainer_may_evaluate_without_training(tmp_path):
+    def case(rank: int, world_size: int) -> Any:
+        trainer_of(DDPTrainer, tmp_path, eval_dataset=Noise(10), eval_on_save=True).train()
+        saved = CheckpointManifest.load(tmp_path / "checkpoint-12").metrics["eval_loss"]
+        fresh = trainer_of(DDPTrainer, tmp_path, eval_dataset=Noise(10))
+        before = fresh.evaluate()["eval_loss"]
+        fresh.model.load_state_dict(load_component(tmp_path / "checkpoint-12", "model"))
+        return before != saved, fresh.evaluate()["eval_loss"] == saved
+
+    assert same_on_all(run_ranks(NUM_RANKS, case)) == (True, True)
+
+
+def test_events_come_in_order(tmp_path):
+    diary = Diary()
+    trainer_of(
+        Trainer,
+        tmp_path,
+        max_steps=3,
+        save_steps=2,
+        eval_steps=2,
+        logging_steps=2,
+        eval_dataset=Noise(8),
+        callbacks=[diary],
+    ).train()
+    step = [("on_step_begin", 0), ("on_step_end", 1)]
+    assert diary.entries == [
+        ("on_train_begin", 0),
+        ("on_epoch_begin", 0),
+        *step,
+        ("on_step_begin", 1),
+        ("on_log", 2),
+        ("on_step_end", 2),
+        ("on_evaluate", 2),
+        ("on_save", 2),
+        ("on_step_begin", 2),
+        ("on_step_end", 3),
+        ("on_save", 3),
+        ("on_train_end", 3),
+    ]
+
+
+def test_the_end_is_told_however_the_training_ends(tmp_path):
+    class Ends(TrainerCallback):
+        def __init__(self) -> None:
+            self.errors: list[str] = []
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.errors.append(repr(kwargs["error"]))
+
+    def fail(trainer: Trainer) -> None:
+        raise OSError("gone")
+
+    ends = Ends()
+    with pytest.raises(OSError, match="gone"):
+        trainer_of(Trainer, tmp_path, callbacks=[ends], on_step_end=[fail]).train()
+    trainer_of(Trainer, tmp_path, callbacks=[ends]).train()
+    assert ends.errors == ["OSError('gone')", "None"]
+
+
+def test_what_is_no_callback_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"make it a subclass of forgather_ckpt\.callbacks\.TrainerCallback"):
+        trainer_of(Trainer, tmp_path, callbacks=[print])
+
+
+# ---- what is kept
+
+
+def losses_of(values: Sequence[float]) -> Any:
+    """A `compute_metrics` that tells these, one an evaluation."""
+    left = iter(values)
+    return lambda model, batch: {"loss": torch.tensor(next(left))}
+
+
+def test_document_001_the_best_is_known_before_anything_is_deleted(tmp_path):
+    """Steps 4, 8, …: the second is the best, and is never without a place, though the limit is 1."""
+    seen: list[list[int]] = []
+
+    class Look(TrainerCallback):
+        def on_save(self, *_: Any, **__: Any) -> None:
+            seen.append([step for step, _ in kept(tmp_path)])
+
+    trainer_of(
+        Trainer,
+        tmp_path,
+        max_steps=20,
+        save_total_limit=1,
+        preserve_best_model=True,
+        eval_on_save=True,
+        eval_strategy="no",
+        max_eval_batches=1,
+        eval_dataset=Noise(4),
+        compute_metrics=losses_of([3.0, 1.0, 2.0, 4.0, 5.0]),
+        callbacks=[Look()],
+    ).train()
+    assert seen == [[4], [8], [8, 12], [8, 16], [8, 20]]
+
+
+def test_b25_b56_document_001_two_best_beside_three_newest_and_no_more(tmp_path):
+    trainer_of(
+        Trainer,
+        tmp_path,
+        max_steps=32,
+        save_total_limit=3,
+        preserve_best_model=True,
+        preserve_n_best=2,
+        eval_on_save=True,
+        eval_strategy="no",
+        max_eval_batches=1,
+        eval_dataset=Noise(4),
+        compute_metrics=losses_of([3.0, 2.0, 2.5, 9.0, 8.0, 7.0, 6.0, 5.0]),
+    ).train()
+    assert [step for step, _ in kept(tmp_path)] == [8, 12, 24, 28, 32]
+
+
+def test_document_001_each_line_is_logged_once_and_the_summary_says_which_are_best(tmp_path):
+    def case(rank: int, world_size: int) -> Any:
+        with Lines() as told:
+            trainer_of(
+                DDPTrainer,
+                tmp_path,
+                preserve_best_model=True,
+                preserve_n_best=2,
+                eval_on_save=True,
+                eval_strategy="no",
+                max_eval_batches=1,
+                eval_dataset=Noise(8),
+                compute_metrics=losses_of([3.0, 2.0, 2.5]),
+            ).train()
+        return told.lines
+
+    outcomes = run_ranks(NUM_RANKS, case)
+    lines, others = outcomes[0].value, outcomes[1].value
+    assert others == []
+    saved = [tmp_path / f"checkpoint-{step}" for step in (4, 8, 12)]
+    best = [line for line in lines if "best checkpoint" in line]
+    assert best == [
+        f"new best checkpoint: {saved[0]} (eval_loss=3)",
+        f"new best checkpoint: {saved[1]} (eval_loss=2)",
+        f"best checkpoint 2 of 2: {saved[2]} (eval_loss=2.5)",
+    ]
+    rule = "=" * 60
+    assert lines[-1].splitlines() == [
+        rule,
+        "Training complete!",
+        "Best checkpoints (N=2):",
+        f"  {saved[1]}: eval_loss=2",
+        f"  {saved[2]}: eval_loss=2.5",
+        rule,
+    ]
+    assert len(lines) == len(set(lines))
+
+
+def test_the_best_are_known_after_a_resume_and_from_another_place(tmp_path, monkeypatch):
+    options: dict[str, Any] = {
+        "save_total_limit": 1,
+        "preserve_best_model": True,
+        "eval_on_save": True,
+        "eval_strategy": "no",
+        "max_eval_batches": 1,
+        "eval_dataset": Noise(4),
+    }
+    trainer_of(Trainer, tmp_path / "run", max_steps=8, compute_metrics=losses_of([1.0, 2.0]), **options).train()
+    monkeypatch.chdir(tmp_path)
+    trainer_of(Trainer, "run", max_steps=16, compute_metrics=losses_of([3.0, 4.0]), **options).train()
+    assert [step for step, _ in kept(tmp_path / "run")] == [4, 8, 16], "the best, the one resumed from, the newest"
+
+
+def test_b60_a_save_without_the_metric_is_told_of(tmp_path):
+    with Lines(logging.WARNING) as told:
+        trainer_of(Trainer, tmp_path, max_steps=4, preserve_best_model=True).train()
+    assert told.lines == [
+        "checkpoint-4 cannot be among the best: it has no metric 'eval_loss'; evaluate before each save (eval_on_save=True)"
+    ]
+
+
+def test_metrics_of_a_later_evaluation_of_a_saved_step_count(tmp_path):
+    """Evaluated at step 4, when that was saved: the next save finds it the best, and keeps it."""
+
+    class EvaluateLate(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 4:
+                trainer.evaluate_and_tell(manager)
+
+    trainer = trainer_of(
+        Trainer,
+        tmp_path,
+        max_steps=16,
+        save_total_limit=1,
+        preserve_best_model=True,
+        eval_strategy="no",
+        eval_dataset=Noise(4),
+        callbacks=[EvaluateLate()],
+    )
+    with trainer.create_manager() as manager:
+        trainer.run(manager)
+        summary = manager.get_best_checkpoints_summary()
+    newest = catalog.scan(tmp_path).checkpoints[-1]
+    assert set(annotations.load(newest.path, newest.manifest.digest).metrics) == {"eval_loss"}
+    assert [step for step, _ in kept(tmp_path)] == [4, 16]
+    assert f"{tmp_path / 'checkpoint-4'}: eval_loss=" in summary
+
+
+@pytest.mark.parametrize("failing", ["scan", "decide"])
+def test_a_failure_of_retention_is_logged_and_training_goes_on(tmp_path, monkeypatch, failing):
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(5, "the disk is in a bad mood")
+
+    monkeypatch.setattr(*{"scan": (pruning, "survey"), "decide": (retention, "decide")}[failing], fail)
+    with Lines(logging.WARNING) as told:
+        result = trainer_of(Trainer, tmp_path, max_steps=4).train()
+    assert result.steps == 4
+    assert any("the disk is in a bad mood" in line for line in told.lines)
+
+
+# ---- when it saves
+
+
+def test_saves_and_evaluations_keep_their_grids_over_resumes(tmp_path):
+    diary = Diary()
+    options: dict[str, Any] = {"save_steps": 3, "eval_steps": 5, "eval_dataset": Noise(8), "callbacks": [diary]}
+    trainer_of(Trainer, tmp_path, max_steps=7, **options).train()
+    trainer_of(Trainer, tmp_path, max_steps=16, **options).train()
+    assert diary.of("on_save") == [3, 6, 7, 9, 12, 15, 16]
+    assert diary.of("on_evaluate") == [5, 10, 15]
+
+
+def test_saves_by_the_clock_go_on_from_the_training_time_of_the_run(tmp_path, monkeypatch):
+    """A clock that each step moves by 10 s: a save is due each 25 s, over both lives."""
+    seconds = 0.0
+
+    def advance(_: Trainer) -> None:
+        nonlocal seconds
+        seconds += 10.0
+
+    real = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + seconds)
+    diary = Diary()
+    options: dict[str, Any] = {
+        "save_strategy": "no",
+        "save_seconds": 25.0,
+        "on_step_end": [advance],
+        "callbacks": [diary],
+    }
+    trainer_of(Trainer, tmp_path, max_steps=6, checkpoint_timeout_seconds=1000, **options).train()
+    assert diary.of("on_save") == [3, 5]
+    assert 50 <= CheckpointManifest.load(tmp_path / "checkpoint-5").elapsed_seconds < 51  # type: ignore[operator]
+    trainer_of(Trainer, tmp_path, max_steps=12, checkpoint_timeout_seconds=1000, **options).train()
+    assert diary.of("on_save") == [3, 5, 8, 10], "70 s is not 75: it was not step 7 that was due"
+
+
+@pytest.mark.parametrize("kind", ["save", "stop", "abort"])
+def test_what_is_asked_from_outside_is_done_once(tmp_path, kind):
+    def ask(trainer: Trainer) -> None:
+        if trainer.progress.step == 5:
+            requests.ask(tmp_path, kind, "a test")
+
+    result = trainer_of(Trainer, tmp_path, save_steps=100, on_step_end=[ask]).train()
+    assert result.exit_code == 0
+    steps = [step for step, _ in kept(tmp_path)]
+    assert (result.steps, steps) == {"save": (12, [5, 12]), "stop": (5, [5]), "abort": (5, [])}[kind]
+    assert ("a test" in (result.stop_reason or "")) == (kind != "save")
+
+
+def test_what_was_asked_of_an_earlier_job_is_dropped(tmp_path):
+    requests.ask(tmp_path, "stop")
+    assert trainer_of(Trainer, tmp_path).train().steps == 12
+
+
+# ---- signals
+
+
+def signalled(run: Path, number: int, ranks: Sequence[int], at: int = 5) -> Any:
+    """Train on two ranks that send themselves a signal after a step."""
+
+    def hook(rank: int) -> Any:
+        def send(trainer: Trainer) -> None:
+            if rank in ranks and trainer.progress.step == at:
+                os.kill(os.getpid(), number)
+
+        return [send]
+
+    return train(run, on_step_end=hook)
+
+
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_any_rank_ends_all_with_an_emergency_checkpoint_and_its_exit_code(tmp_path, number, ranks):
+    steps, reason, exit_code = signalled(tmp_path, number, ranks)
+    assert (steps, exit_code) == (5, 128 + number)
+    assert kept(tmp_path) == [(4, "periodic"), (5, "emergency")]
+    assert reason == f"{signal.Signals(number).name} received" + ("" if len(ranks) == 2 else f" (rank {ranks[0]})")
+    newest = catalog.scan(tmp_path).checkpoints[0]
+    assert annotations.load(newest.path, newest.manifest.digest).notes == (reason,)
+
+
+def test_after_a_signal_the_run_goes_on_to_the_same_bits(tmp_path):
+    def case(rank: int, world_size: int) -> Any:
+        states = []
+        for run, at in (("whole", None), ("cut", 5)):
+
+            def send(trainer: Trainer, at: int | None = at) -> None:
+                if trainer.progress.step == at and rank == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            ends = []
+            for _ in range(2 if at else 1):
+                trainer = trainer_of(DDPTrainer, tmp_path / run, on_step_end=[send])
+                ends.append(trainer.train().exit_code)
+            state = {name: value.tolist() for name, value in trainer.model.state_dict().items()}
+            states.append((ends, state))
+        return states
+
+    whole, cut = same_on_all(run_ranks(NUM_RANKS, case))
+    assert (whole[0], cut[0]) == ([0], [143, 0])
+    assert whole[1] == cut[1]
+
+
+def test_the_handlers_of_before_are_back(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer_of(Trainer, tmp_path, max_steps=2).train()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_emergencies_are_a_pool_of_their_own(tmp_path):
+    """Twelve interruptions push no regular checkpoint out, and only the newest ten of them stay."""
+
+    def send(trainer: Trainer) -> None:
+        if trainer.progress.step % 4 == 1 and trainer.progress.step > 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for _ in range(13):
+        trainer_of(Trainer, tmp_path, max_steps=54, save_total_limit=2, save_steps=4, on_step_end=[send]).train()
+    found = kept(tmp_path)
+    assert [step for step, kind in found if kind == "emergency"] == [17, 21, 25, 29, 33, 37, 41, 45, 49, 53]
+    assert [step for step, kind in found if kind != "emergency"] == [52, 54]
+
+
+def test_a_save_that_takes_longer_than_the_grace_is_told_of_once(tmp_path):
+    with Lines(logging.WARNING) as told:
+        trainer_of(Trainer, tmp_path, grace_seconds=1e-6).train()
+    assert [line[:13] for line in told.lines] == ["a save took 0"]
