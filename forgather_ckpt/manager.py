@@ -15,7 +15,7 @@ from forgather_ckpt.control import NOTHING, Pace, Wishes, merged
 from forgather_ckpt.coordinator import CheckpointCoordinator
 from forgather_ckpt.declarations import Source
 from forgather_ckpt.deleter import Deleter
-from forgather_ckpt.errors import CheckpointNotFound, DeclarationError
+from forgather_ckpt.errors import CheckpointNotFound, DeclarationError, RankTimeout
 from forgather_ckpt.load import LoadReport
 from forgather_ckpt.manifest import CheckpointManifest
 from forgather_ckpt.policies import Best, Policy, Stored, parts
@@ -95,7 +95,8 @@ class CheckpointManager:
         self._clock = _Clock()
         self._pending = Wishes()
         self._is_on_trial = False
-        """Rank 0: a checkpoint has been loaded, and no step has been done since."""
+        """Rank 0: a checkpoint is being loaded, or was, and no step has been done since: if the job dies now, it may be
+        because of that. An error, or the end of the training, is no death."""
         self._deleter = Deleter()
         self._costs = _Costs()
         self._told: set[str] = set()
@@ -118,6 +119,8 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if not isinstance(error, RankTimeout):  # of a rank that died, this one is left to tell
+            self._end_trial()
         self.close()
 
     def close(self) -> None:
@@ -139,6 +142,8 @@ class CheckpointManager:
             which = self.coordinator.agree("choosing how to start", lambda: None, lambda _: self._ask())
         if which is False:
             return 0
+        if which == "best" and self._bests:
+            which = self.coordinator.agree("choosing the best", lambda: None, lambda _: self._path_of_best())
         is_newest = which is True or which in ("latest", "auto")
         avoid: Sequence[str] = self._exhausted() if is_newest else ()
         try:
@@ -170,6 +175,16 @@ class CheckpointManager:
         best = next(iter(self._bests), None)
         return prompt.ask(self.run, found, best=best, while_waiting=self._while_waiting)
 
+    def _path_of_best(self) -> str:
+        """Rank 0: of the best checkpoint by the policy of this job."""
+        best = self._bests[0]
+        for one, _ in best.ranked(countable(pruning.survey(catalog.scan(self.run)))):
+            return str(one.path)
+        raise CheckpointNotFound(
+            f"{self.run} has no best checkpoint: none has a finite {best.metric!r}; name another one, 'latest' or a step",
+            path=str(self.run),
+        )
+
     def _while_waiting(self) -> None:
         """While the person takes their time: the other ranks hear that this one is alive, and Ctrl-C is obeyed."""
         self.coordinator.beat()
@@ -177,11 +192,7 @@ class CheckpointManager:
             raise KeyboardInterrupt
 
     def _load(self, which: str | int | Path | None, avoid: Sequence[str]) -> LoadReport:
-        try:
-            return self.coordinator.load_checkpoint(which, avoid=avoid, inspect=None if self.rank else self._inspect)
-        except Exception:
-            self._end_trial()  # an error is no crash
-            raise
+        return self.coordinator.load_checkpoint(which, avoid=avoid, inspect=None if self.rank else self._inspect)
 
     def _exhausted(self) -> list[str]:
         """The digests of the checkpoints on which the job has died too often."""
@@ -230,6 +241,7 @@ class CheckpointManager:
 
         `wishes` are those of this rank (`control.Wishes`): `save=True`, `stop=True`, `abort=True`, `reasons=("why",)`.
         """
+        self.step_done()
         is_due = self.schedule.is_due(step)
         agreed = self.agree(step, Wishes(**wishes), must=is_due)
         if not agreed.abort:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forgather_ckpt import annotations, catalog, files, paths
-from forgather_ckpt.callbacks.figures import byte_count
 from forgather_ckpt.catalog import Catalog, Checkpoint
+from forgather_ckpt.figures import byte_count
 from forgather_ckpt.manifest import KINDS
 
 NUM_RECENT = 3

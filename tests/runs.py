@@ -13,6 +13,7 @@ from torch import nn
 from forgather_ckpt import catalog
 from forgather_ckpt.callbacks import TrainerCallback, TrainerControl, TrainerState
 from forgather_ckpt.data.seeding import item_generator
+from forgather_ckpt.demo.contents import contents
 from forgather_ckpt.trainers import Trainer, TrainingArguments
 from tests.ranks import Outcome
 
@@ -115,12 +116,14 @@ class Lines(logging.Handler):
 
     def __enter__(self) -> Lines:
         self.logger = logging.getLogger("forgather_ckpt")
+        self.level_before = self.logger.level
         self.logger.addHandler(self)
         self.logger.setLevel(self.level)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.logger.removeHandler(self)
+        self.logger.setLevel(self.level_before)
 
 
 def kept(run: Path) -> list[tuple[int, str]]:
@@ -136,3 +139,13 @@ def same_on_all(outcomes: list[Outcome]) -> Any:
         assert outcome.error is None, outcome.error
         assert outcome.value == first.value
     return first.value
+
+
+def bits(run: Path) -> tuple[Any, ...]:
+    """All that the newest checkpoint says of its tensors and values, but for those of callbacks, which may have disturbed
+    the run."""
+    found = contents(catalog.scan(run).checkpoints[0].path)
+    assert {"model", "optimizer", "scheduler", "trainer", "dataset", "rng"} <= found.components
+    return found.step, *(
+        {key: value for key, value in items.items() if key[0] != "callbacks"} for items in (found.tensors, found.values)
+    )

@@ -4,9 +4,18 @@ In docs/custom_trainer.md a fence `python ranks=4` begins a program that four ra
 run and then two in the same directory; a plain `python` fence goes on with the program before it. `file=` is a module
 that programs of any section import, `first` stands for the lines that all of them begin with, and `raises=` ends a
 program with an error, of which the console fence below shows a part.
+
+In docs/running.md all programs and commands are run in the order of the page, in one directory. A console fence shows all
+that the one before it prints, and with `of=2` some of what the last program of that section does; `…` stands for anything.
 """
 
+import ast
+import contextlib
+import dataclasses
+import io
+import logging
 import re
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from torch import nn
@@ -21,23 +31,31 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from forgather_ckpt import CheckpointCoordinator, ReplicaMismatch
-from forgather_ckpt.cli import main
+from forgather_ckpt import CheckpointCoordinator, CheckpointManager, ReplicaMismatch, callbacks, catalog, retention
+from forgather_ckpt.callbacks import TrainerCallback, TrainerControl
+from forgather_ckpt.changes import Verdict, compare_arguments
+from forgather_ckpt.cli import fgckpt, main
 from forgather_ckpt.component import StateComponent
 from forgather_ckpt.data.position import GlobalPosition
 from forgather_ckpt.data.sampler import epoch_order
 from forgather_ckpt.entries import Resize, entry_for
+from forgather_ckpt.errors import CheckpointDamaged, CheckpointNotFound, DeclarationError, LoadMismatch
 from forgather_ckpt.manifest import CheckpointManifest
 from forgather_ckpt.patterns import SharingPattern
+from forgather_ckpt.policies import Stored
+from forgather_ckpt.prompt import Question
 from forgather_ckpt.topology import Group, Topology
+from forgather_ckpt.trainers import Trainer, TrainingArguments
 from tests.components import Box, refusal, the_same
 from tests.layouts import local
 from tests.ranks import run_ranks, values
+from tests.runs import Lines, Net, Noise, trainer_of
 from tests.test_entries import stored
 from tests.test_resume import digests, in_order_of_reading
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "custom_trainer.md"
+RUNNING = ROOT / "docs" / "running.md"
 README = ROOT / "README.md"
 
 PER_GROUP, PER_RANK = SharingPattern.PER_GROUP, SharingPattern.PER_RANK
@@ -103,9 +121,9 @@ def programs() -> list[Program]:
     return found
 
 
-def code(block: Block) -> Any:
+def code(block: Block, page: Path = PAGE) -> Any:
     """Compiled so that a traceback names the line on the page."""
-    return compile("\n" * block.line + block.text, str(PAGE), "exec")
+    return compile("\n" * block.line + block.text, str(page), "exec")
 
 
 @dataclass(frozen=True)
@@ -385,8 +403,9 @@ def table_of(page: Path, first_cell: str) -> list[list[str]]:
     cells = [[cell.strip() for cell in row] for row in rows]
     start = next(number for number, row in enumerate(cells) if row[0] == first_cell)
     width = len(cells[start])
-    end = next((n for n in range(start + 2, len(cells)) if set(cells[n][0]) <= {"-"} or len(cells[n]) != width), None)
-    return [cells[start], *cells[start + 2 : end]]
+    others = [n for n in range(start + 2, len(cells)) if len(cells[n]) != width]
+    heads = [n - 1 for n in range(start + 2, len(cells)) if set(cells[n][0]) == {"-"}]
+    return [cells[start], *cells[start + 2 : min([*others, *heads], default=None)]]
 
 
 def test_the_table_says_what_is_found_again():
@@ -497,16 +516,242 @@ def test_the_loop_of_the_readme_runs_and_goes_on_from_where_it_was(directory: Pa
     assert values(run_ranks(2, case)) == [(1000, 500)] * 2
 
 
-# ---- what the page refers to
+def test_the_run_of_the_readme_that_keeps_and_watches_ends_with_its_best(directory: Path):
+    [block] = [block for block in blocks_of(README) if block.section == "While it runs"]
+    names = ("DualTimeScaleDivergenceDetector", "EarlyStopping", "JsonlLogger", "ProgressBar")
+    namespace: dict[str, Any] = {
+        "sys": sys,
+        "TrainingArguments": TrainingArguments,
+        "DDPTrainer": Trainer,  # one process will do
+        "model": Net(),
+        "train_dataset": Noise(),
+        "held_out": Noise(8, seed=1),
+        **{name: getattr(callbacks, name) for name in names},
+    }
+    shorter = block.text.replace("max_steps=10_000", "max_steps=10").replace("save_steps=500", "save_steps=2")
+    assert shorter.count("max_steps=10,") == shorter.count("save_steps=2,") == 1
+    with pytest.raises(SystemExit, match="0"):
+        exec(shorter, namespace)
+    assert namespace["result"].steps == 10
+    found = catalog.scan(directory / "runs/mine").checkpoints
+    assert [one.manifest.step for one in found][:3] == [10, 8, 6] and len(found) <= 5
+    assert all("eval_loss" in one.manifest.metrics for one in found)
 
 
-def test_tests_and_sections_that_are_named_exist():
-    text = PAGE.read_text()
+# ---- what the pages refer to
+
+
+@pytest.mark.parametrize("page", [PAGE, RUNNING], ids=lambda page: page.name)
+def test_tests_pages_and_sections_that_are_named_exist(page: Path):
+    text = page.read_text()
     for name in set(re.findall(r"`(tests/\w+\.py)`", text)):
         assert (ROOT / name).exists(), name
+    for name in set(re.findall(r"\]\(([^#)]+)", text)):
+        assert (page.parent / name).exists(), name
     headings = {
         re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^## (.*)$", text, re.M)
     }
     assert set(re.findall(r"\]\(#(.*?)\)", text)) == headings
     for section in map(int, re.findall(r"section (\d+)", text)):
         assert any(heading.startswith(f"{section}-") for heading in headings)
+
+
+# ---- the run manager: its programs
+
+
+def printed(block: Block, num_ranks: int, directory: Path) -> str:
+    """What rank 0 prints."""
+
+    def case(rank: int, world_size: int) -> str:
+        sys.path.insert(0, str(directory))
+        logging.getLogger().handlers.clear()  # those of the tests, or `basicConfig` would do nothing
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            try:
+                exec(code(block, RUNNING), {})
+            except SystemExit as err:
+                assert not err.code, err.code
+        return said.getvalue()
+
+    return str(values(run_ranks(num_ranks, case, backend=None if num_ranks == 1 else "gloo", timeout=100))[0])
+
+
+def pattern_of(shown: str) -> str:
+    """Of all that may stand where a page shows this."""
+    return re.escape(shown).replace("…", "(?s:.*?)")
+
+
+@pytest.mark.multiprocess
+def test_the_programs_and_commands_of_the_run_manager_come_to_what_is_shown(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+):
+    said: dict[str, str] = {}
+    last = ""
+    for block in blocks_of(RUNNING):
+        match block.language:
+            case "python" if "file" in block.options:
+                (directory / block.options["file"]).write_text(block.text)
+            case "python":
+                for number in block.options["ranks"].split(","):
+                    last = said[block.section[0]] = printed(block, int(number), directory)
+            case "bash":
+                name, *arguments = shlex.split(block.text, comments=True)
+                assert (name, main(arguments)) == ("fgckpt", 0)
+                out, err = capsys.readouterr()
+                last = err + out
+            case "console" if "of" in block.options:
+                assert re.search(pattern_of(block.text), said[block.options["of"]]), said[block.options["of"]]
+            case "console":
+                assert re.fullmatch(pattern_of(block.text) + "\n?", last), last
+            case other:
+                raise AssertionError(f"a fence of {other!r}")
+    steps = {path.name: CheckpointManifest.load(path).step for path in (directory / "runs/own").glob("checkpoint-*")}
+    assert {150, 200} <= set(steps.values()) and len(steps) <= 3
+
+
+# ---- the run manager: its tables
+
+
+def told_in(cell: str) -> list[str]:
+    """What stands in backticks."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+OF_THE_TRAINING = {
+    *(
+        "output_dir",
+        "seed",
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+    ),
+    *("learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps", "fp16", "bf16", "device"),
+    *("logging_steps", "dataloader_num_workers", "dispatch_batches"),
+}
+OF_THE_CHECK = {"validate_replication_steps", "validate_replication_level", "on_replica_mismatch"}
+
+
+def test_all_arguments_of_the_run_manager_are_told_with_their_defaults():
+    defaults = {one.name: one.default for one in dataclasses.fields(TrainingArguments)}
+    told = {
+        name: ast.literal_eval(default)
+        for names, values_, _ in table_of(RUNNING, "argument")[1:]
+        for name, default in zip(told_in(names), told_in(values_), strict=True)
+    }
+    assert told == {name: default for name, default in defaults.items() if name not in OF_THE_TRAINING | OF_THE_CHECK}
+    for name in retention._REPLACED:
+        assert f"`{name}`" in RUNNING.read_text()
+
+
+def test_all_events_and_flags_are_told():
+    events = [name for row in table_of(RUNNING, "event")[1:] for name in told_in(row[0])]
+    assert sorted(events) == sorted(name for name in vars(TrainerCallback) if name.startswith("on_"))
+    flags = {one.name for one in dataclasses.fields(TrainerControl)} - {"reasons"}
+    assert set(re.findall(r"`(?:control\.)?(should_\w+)`", RUNNING.read_text())) == flags
+
+
+STEPS = {"the newest good one": 3000, "the best": 1000, "the second best": 2000, "that one": 1000, "a fresh start": 0}
+
+
+def test_the_table_says_what_each_value_resumes_from(directory: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # no terminal
+
+    def manager(run: str) -> CheckpointManager:
+        return CheckpointManager([StateComponent("part", Box({}), SharingPattern.GLOBAL)], run)
+
+    with manager("runs/a") as saving:
+        for step in (1000, 2000, 3000, 4000):
+            saving.save(step, metrics={"eval_loss": float(step)})
+    damaged = Path("runs/a/checkpoint-4000/checkpoint_manifest.json")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    for values_, *cells in table_of(RUNNING, "`resume_from_checkpoint`")[1:]:
+        which = [ast.literal_eval(value) for value in told_in(values_)]
+        for run, cell in zip(("runs/a", "runs/none"), cells, strict=True):
+            results = cell.split(", ") if cell.count(",") == len(which) - 1 and len(which) > 1 else [cell] * len(which)
+            for value, result in zip(which, results, strict=True):
+                with manager(run) as resuming:
+                    if result in STEPS:
+                        assert resuming.resume(value) == STEPS[result], (run, value)
+                    elif result == "an error":
+                        with pytest.raises(CheckpointNotFound):
+                            resuming.resume(value)
+                    else:
+                        assert result == "asks at the terminal; without one, an error"
+                        with pytest.raises(DeclarationError, match="--auto-resume to go on, or --fresh to start over"):
+                            resuming.resume(value)
+
+
+@pytest.mark.parametrize("value", ["auto", None])
+def test_where_all_checkpoints_are_damaged_there_is_no_fresh_start(value: Any, directory: Path):
+    trainer_of(Trainer, "runs/a", max_steps=1).train()
+    (directory / "runs/a/checkpoint-1/checkpoint_manifest.json").write_text("")
+    with pytest.raises(CheckpointDamaged, match=r"none of the 1 checkpoints in .* is whole"):
+        trainer_of(Trainer, "runs/a", resume_from_checkpoint=value).train()
+
+
+def test_the_question_is_the_one_that_is_asked():
+    newest = Stored(Path("c"), 15_000, 3, "", saved_at_seconds=0.0, metrics={"eval_loss": 2.8312})
+    question = Question("runs/a", [newest] * 3, None, 2 * 3600.0)
+    assert f"`{question.text}`" in RUNNING.read_text()
+
+
+OTHERS = {"max_steps": 200, "warmup_steps": 5, "seed": 7, "num_train_epochs": 5}
+
+
+def test_the_table_says_what_comes_of_a_change():
+    def verdict(name: str, **settings: Any) -> Verdict:
+        before = TrainingArguments("runs/a", **({"max_steps": 100} if name != "num_train_epochs" else {}), **settings)
+        saved = before.to_json()
+        [found] = [
+            change
+            for change in compare_arguments(
+                saved, {**saved, name: OTHERS.get(name, "other")}, saved_world_size=2, world_size=2, step=50
+            )
+            if change.name == name
+        ]
+        return found.verdict
+
+    for word, _, names in table_of(RUNNING, "verdict")[1:]:
+        assert {name: verdict(name) for name in told_in(names)} == dict.fromkeys(told_in(names), Verdict(word))
+        if word == "risky":
+            for name in ("max_steps", "num_train_epochs", "warmup_steps"):
+                assert verdict(name, lr_scheduler_type="constant") in (Verdict.FINE, Verdict.IGNORED)
+
+
+def test_changes_are_told_at_a_resume_and_risky_ones_refused_where_that_is_asked_for(directory: Path):
+    trainer_of(Trainer, "runs/a", max_steps=4).train()
+    trainer = trainer_of(Trainer, "runs/a", max_steps=8, learning_rate=0.02, strict_args=True)
+    before = digests(trainer.model.state_dict())
+    with pytest.raises(LoadMismatch, match=r"strict_args refuses changes that are risky.*\nmax_steps"):
+        trainer.train()
+    assert digests(trainer.model.state_dict()) == before
+    with Lines(logging.WARNING) as told:
+        trainer_of(Trainer, "runs/a", max_steps=8, learning_rate=0.02).train()
+    [line] = [
+        line for line in told.lines if line.startswith("arguments that are not those of the checkpoint of step 4:")
+    ]
+    assert re.findall(r"^(\w+) .* (risky|ignored) ", line, re.M) == [
+        ("max_steps", "risky"),
+        ("learning_rate", "ignored"),
+    ]
+
+
+# ---- the commands
+
+
+def commands_on(page: Path) -> Iterator[list[str]]:
+    in_lines = re.findall(r"`(fgckpt [^`\n]*)`", page.read_text())
+    in_blocks = [line for block in blocks_of(page) if block.language == "bash" for line in block.text.splitlines()]
+    for command in [*in_lines, *(line for line in in_blocks if line.startswith("fgckpt "))]:
+        yield shlex.split(command, comments=True)[1:]
+
+
+@pytest.mark.parametrize("page", [README, *sorted(PAGE.parent.glob("*.md"))], ids=lambda page: page.name)
+def test_commands_and_options_that_are_named_exist(page: Path):
+    for words in commands_on(page):
+        command: click.Command = fgckpt
+        while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+            command = command.commands[words.pop(0)]
+        known = {option for parameter in [*command.params, *fgckpt.params] for option in parameter.opts} | {"--help"}
+        if not command.context_settings.get("ignore_unknown_options"):
+            assert {word.partition("=")[0] for word in words if word.startswith("-")} <= known, words

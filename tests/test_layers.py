@@ -15,7 +15,7 @@ ROOT = Path(forgather_ckpt.__file__).parent
 LAYERS = [
     # words and the bytes below everything
     ("errors", "patterns", "dtypes", "hashtree", "metrics", "multilinear", "paths"),
-    ("strict_json", "topology", "boxes", "signals", "triggers", "resume_arguments"),
+    ("figures", "strict_json", "topology", "boxes", "signals", "triggers", "resume_arguments"),
     # codecs
     ("values", "container", "manifest"),
     ("names", "index", "redaction", "command_line"),

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from forgather_ckpt.callbacks import ProgressBar, figures
+from forgather_ckpt import figures
+from forgather_ckpt.callbacks import ProgressBar
 from forgather_ckpt.callbacks.memory_growth import BASELINE_STEP, MemoryGrowth, bytes_in_use
 from forgather_ckpt.callbacks.step_times import StepTimes
 from tests.training_events import Events

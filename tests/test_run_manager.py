@@ -11,10 +11,24 @@ from typing import Any
 import pytest
 import torch
 
-from forgather_ckpt import annotations, catalog, load_component, pruning, requests, retention
+from forgather_ckpt import (
+    CheckpointManager,
+    CheckpointNotFound,
+    SharingPattern,
+    StateComponent,
+    annotations,
+    catalog,
+    load_component,
+    pruning,
+    requests,
+    retention,
+)
 from forgather_ckpt.callbacks import TrainerCallback
 from forgather_ckpt.manifest import CheckpointManifest
+from forgather_ckpt.policies import Best, Latest
 from forgather_ckpt.trainers import DDPTrainer, Trainer
+from forgather_ckpt.triggers import SaveSchedule
+from tests.components import Box
 from tests.ranks import errors, run_ranks
 from tests.runs import AskAt, Diary, Lines, Noise, kept, same_on_all, trainer_of
 
@@ -503,6 +517,68 @@ def test_what_is_asked_from_outside_is_done_once(tmp_path, kind):
 def test_what_was_asked_of_an_earlier_job_is_dropped(tmp_path):
     requests.ask(tmp_path, "stop")
     assert trainer_of(Trainer, tmp_path).train().steps == 12
+
+
+# ---- a loop of one's own
+
+
+def loop(run: Path, num_steps: int, *, die_after: int | None = None, wishes: Any = (), **given: Any) -> Any:
+    """Train something that counts; (first step, steps done, exit code)."""
+    counter = Box({"count": 0})
+    components = [StateComponent("counter", counter, SharingPattern.REPLICATED)]
+    with CheckpointManager(
+        components, run, **{"schedule": SaveSchedule(steps=4), "control_steps": 3, **given}
+    ) as manager:
+        first = step = manager.resume("auto")
+        assert counter.items["count"] == step
+        while step < num_steps:
+            step += 1
+            counter.items["count"] += 1
+            if die_after == step:
+                raise KeyError("a bug")
+            if manager.after_step(step, metrics={"loss": 1.0 / step}, **dict(wishes).get(step, {})):
+                break
+        manager.finish(step, metrics={"loss": 1.0 / step})
+    return first, step, manager.exit_code
+
+
+def test_a_loop_of_ones_own_saves_and_goes_on(tmp_path):
+    assert loop(tmp_path, 6) == (0, 6, 0)
+    assert kept(tmp_path) == [(4, "periodic"), (6, "final")]
+    assert loop(tmp_path, 9, policy=Latest(1)) == (6, 9, 0)
+    assert kept(tmp_path) == [(6, "final"), (9, "final")]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_wish_between_two_looks_is_not_lost(tmp_path, rank):
+    def case(own: int, world_size: int) -> Any:
+        wishes = {5: {"stop": True, "reasons": ("enough",)}} if own == rank else {}
+        return loop(tmp_path, 20, wishes=wishes, schedule=SaveSchedule(steps=100))
+
+    assert same_on_all(run_ranks(NUM_RANKS, case)) == (0, 6, 0), "they look at steps 3, 6, …"
+    assert kept(tmp_path) == [(6, "final")]
+
+
+def test_a_run_that_fails_again_and_again_between_saves_does_not_give_its_checkpoint_up(tmp_path):
+    loop(tmp_path, 4)
+    for _ in range(5):
+        with pytest.raises(KeyError):
+            loop(tmp_path, 9, die_after=6)
+    assert loop(tmp_path, 9)[0] == 4
+
+
+def test_best_is_by_the_policy_of_the_job(tmp_path):
+    policy = Latest(1) | Best(1, "loss", "max")
+    loop(tmp_path, 12, policy=policy)
+    counter = Box({"count": 0})
+    components = [StateComponent("counter", counter, SharingPattern.REPLICATED)]
+    with CheckpointManager(components, tmp_path, policy=policy) as manager:
+        assert (manager.resume("best"), counter.items["count"]) == (4, 4)
+    with (
+        CheckpointManager(components, tmp_path, policy=Best(1, "score")) as manager,
+        pytest.raises(CheckpointNotFound, match="none has a finite 'score'"),
+    ):
+        manager.resume("best")
 
 
 # ---- signals

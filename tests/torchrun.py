@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,30 +55,84 @@ def torchrun(
     The repository is on the path and, by default, the working directory. Past `timeout` seconds every process of the
     job prints its stacks and is killed: TorchrunTimedOut. What a job leaves running is killed when it ends.
     """
-    job = uuid.uuid4().hex
-    job_env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "PYTHONFAULTHANDLER": "1",
-        "OMP_NUM_THREADS": "1",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # rank 0 hosts a store of its own, at a free port
-        "GLOO_SOCKET_IFNAME": "lo",
-        **(env or {}),
-        _JOB_VARIABLE: job,
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", *_rendezvous(nodes, job), f"--nproc-per-node={nproc}"]
-    deadline = time.monotonic() + timeout
+    with started(args, nproc, nodes=nodes, timeout=timeout, env=env, cwd=cwd) as job:
+        return job.wait()
+
+
+class TorchrunJob:
+    """A job that runs; see `started`."""
+
+    def __init__(self, args: Sequence[str | Path], timeout: float, outputs: Sequence[BinaryIO]) -> None:
+        self._args, self._timeout, self._outputs = args, timeout, outputs
+        self._deadline = time.monotonic() + timeout
+        self._name = uuid.uuid4().hex
+        self.agents: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def pids(self) -> list[int]:
+        """Of all its processes, whoever their parents are by now."""
+        return _pids_of(self._name)
+
+    @property
+    def output(self) -> str:
+        return _by_node([_text(output) for output in self._outputs])
+
+    def wait(self) -> TorchrunResult:
+        """Until all agents have ended."""
+        self.wait_until(lambda: all(agent.poll() is not None for agent in self.agents))
+        return TorchrunResult(next((agent.returncode for agent in self.agents if agent.returncode), 0), self.output)
+
+    def wait_until(self, is_so: Callable[[], bool]) -> None:
+        """`TorchrunTimedOut` at the deadline of the job; AssertionError if it ends without having come to it."""
+        while not is_so():
+            if all(agent.poll() is not None for agent in self.agents) and not is_so():
+                raise AssertionError(f"{self._args} has ended\n{self.output}")
+            if time.monotonic() > self._deadline:
+                _print_stacks(self._name)
+                texts = [_text(output)[-OUTPUT_TAIL_CHARS:] for output in self._outputs]
+                raise TorchrunTimedOut(f"{self._args} still ran after {self._timeout:g} s\n" + _by_node(texts))
+            time.sleep(0.02)
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        _end(self._name, self.agents)
+
+
+@contextlib.contextmanager
+def started(
+    args: Sequence[str | Path],
+    nproc: int,
+    *,
+    nodes: int = 1,
+    options: Sequence[str] = (),
+    timeout: float = 120.0,
+    env: Mapping[str, str] | None = None,
+    cwd: str | Path | None = None,
+    terminal: int | None = None,
+) -> Iterator[TorchrunJob]:
+    """As `torchrun`, while it runs. `options` are torchrun's own. `terminal`: what stdin and stderr are."""
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(nodes)]
-        agents: list[subprocess.Popen[bytes]] = []
-        stack.callback(_end, job, agents)
+        job = TorchrunJob(args, timeout, outputs)
+        stack.callback(job.end)
+        job_env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "PYTHONFAULTHANDLER": "1",
+            "OMP_NUM_THREADS": "1",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # rank 0 hosts a store of its own, at a free port
+            "GLOO_SOCKET_IFNAME": "lo",
+            **(env or {}),
+            _JOB_VARIABLE: job._name,
+        }
+        launch = [*_rendezvous(nodes, job._name), f"--nproc-per-node={nproc}", *options]
         for output in outputs:
-            agents.append(
+            job.agents.append(
                 subprocess.Popen(
-                    [*command, *map(str, args)],
-                    stdin=subprocess.DEVNULL,
+                    [sys.executable, "-m", "torch.distributed.run", *launch, *map(str, args)],
+                    stdin=subprocess.DEVNULL if terminal is None else terminal,
                     stdout=output,
-                    stderr=subprocess.STDOUT,
+                    stderr=subprocess.STDOUT if terminal is None else terminal,
                     env=job_env,
                     cwd=cwd or ROOT,
                     start_new_session=True,
@@ -86,15 +140,7 @@ def torchrun(
                     preexec_fn=partial(die_with_parent, signal.SIGTERM),
                 )
             )
-        try:
-            for agent in agents:
-                agent.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            _print_stacks(job)
-            texts = [_text(output)[-OUTPUT_TAIL_CHARS:] for output in outputs]
-            raise TorchrunTimedOut(f"{args} still ran after {timeout:g} s\n" + _by_node(texts)) from None
-        returncode = next((agent.returncode for agent in agents if agent.returncode), 0)
-        return TorchrunResult(returncode, _by_node([_text(output) for output in outputs]))
+        yield job
 
 
 def _rendezvous(nodes: int, job: str) -> list[str]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from forgather_ckpt.callbacks import figures
+from forgather_ckpt import figures
 
 logger = logging.getLogger(__name__)
 

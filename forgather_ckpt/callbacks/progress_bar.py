@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from forgather_ckpt.callbacks import figures
+from forgather_ckpt import figures
 from forgather_ckpt.callbacks.displays import Display, display_for
 from forgather_ckpt.callbacks.events import TrainerCallback, TrainerControl, TrainerState
 from forgather_ckpt.callbacks.memory_growth import MemoryGrowth, bytes_in_use

@@ -247,6 +247,8 @@ class Trainer:
                 self.evaluate_and_tell(manager)
             if manager.ending.abort:
                 return
+            if kind == "final":  # a signal may have come in the evaluation
+                kind = manager.kind_of_last
         path = manager.save(
             step,
             epoch=self.progress.epoch + position.samples / position.num_samples,
