@@ -2,7 +2,8 @@
 
 A checkpoint may be whole and still kill each job that loads it: out of memory, a driver that fails, a file server that
 hangs until the scheduler loses patience. No error is raised then, so the attempt is written down before anything is
-loaded, and struck out when the first step after it is done. What is left counts the jobs that died in between.
+loaded, and struck out when the first step after it is done, or the job has ended before that in some other way than by
+the death of a rank. What is left counts the jobs that died in between.
 
 Nothing here raises into a training: a file that cannot be read or written is logged, and counts as no attempts.
 """

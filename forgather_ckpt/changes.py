@@ -150,6 +150,7 @@ RULES: Mapping[str, _Rule] = {
     "save_strategy": _SAVING,
     "save_steps": _SAVING,
     "save_seconds": _SAVING,
+    "on_storage_error": _SAVING,
     "save_total_limit": _KEEPING,
     "preserve_best_model": _KEEPING,
     "preserve_n_best": _KEEPING,

@@ -91,7 +91,7 @@ class Pace:
 
     SECONDS = 1.0
     MAX_STEPS = 50
-    """However fast steps are: they may become slow at any moment. A look costs less than a millisecond."""
+    """However fast steps are: they may become slow at any moment. A look costs about a millisecond."""
 
     def is_due(self, step: int) -> bool:
         return step >= self.next_step

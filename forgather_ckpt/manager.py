@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from forgather_ckpt import annotations, attempts, catalog, choice, prompt, pruning, requests, space
 from forgather_ckpt.changes import compare_arguments, refuse_risky, told
@@ -15,7 +15,7 @@ from forgather_ckpt.control import NOTHING, Pace, Wishes, merged
 from forgather_ckpt.coordinator import CheckpointCoordinator
 from forgather_ckpt.declarations import Source
 from forgather_ckpt.deleter import Deleter
-from forgather_ckpt.errors import CheckpointNotFound, DeclarationError, RankTimeout
+from forgather_ckpt.errors import CheckpointNotFound, DeclarationError, RankTimeout, StorageError
 from forgather_ckpt.load import LoadReport
 from forgather_ckpt.manifest import CheckpointManifest
 from forgather_ckpt.policies import Best, Policy, Stored, parts
@@ -51,6 +51,8 @@ class CheckpointManager:
     - after one of the `stop_signals`, saves an emergency checkpoint and ends the training; `exit_code` says so;
     - notices a checkpoint on which the job dies each time while it loads it, and after `max_load_attempts` tries takes
       the one before it;
+    - where the file system fails, as on a full disk, goes on without that checkpoint, and tries again when the next one is
+      due; with `on_storage_error="error"`, and for the last checkpoint, the failure is raised;
     - tells which `training_args` are not those of the checkpoint, and with `strict_args=True` refuses risky ones;
     - warns when a save takes longer than `grace_seconds`, the time between a signal and the kill.
 
@@ -68,6 +70,7 @@ class CheckpointManager:
         control_steps: int | None = None,
         grace_seconds: float = 30.0,
         max_load_attempts: int = 3,
+        on_storage_error: Literal["warn", "error"] = "warn",
         strict_args: bool = False,
         training_args: Mapping[str, Any] | None = None,
         **options: Any,
@@ -89,6 +92,7 @@ class CheckpointManager:
         """What ends the training, once that has been agreed."""
         self._training_args = dict(training_args or {})
         self._strict_args = strict_args
+        self._on_storage_error = on_storage_error
         self._max_load_attempts = max_load_attempts
         self._grace_seconds = grace_seconds
         self._pace = Pace(control_steps)
@@ -125,9 +129,11 @@ class CheckpointManager:
 
     def close(self) -> None:
         """Give the run directory and the signals back. A second call does nothing."""
-        self.guard.__exit__(None, None, None)
-        self._deleter.close(_DELETING_SECONDS)
-        self.coordinator.close()
+        try:
+            self._deleter.close(_DELETING_SECONDS)
+            self.coordinator.close()
+        finally:
+            self.guard.__exit__(None, None, None)  # last: the launcher ends this rank when another one has ended
 
     # Resume
 
@@ -323,9 +329,16 @@ class CheckpointManager:
         if self.last_step == step:
             return None
         started = time.monotonic()
-        path = self.coordinator.save_checkpoint(
-            step, epoch=epoch, metrics=metrics, kind=kind, elapsed_seconds=self._clock.elapsed_seconds
-        )
+        try:
+            path = self.coordinator.save_checkpoint(
+                step, epoch=epoch, metrics=metrics, kind=kind, elapsed_seconds=self._clock.elapsed_seconds
+            )
+        except StorageError as err:
+            if self._on_storage_error == "error" or kind in ("final", "emergency"):
+                raise
+            if self.rank == 0:
+                logger.error("step %d is not saved, training goes on: %s", step, err.message)
+            return None
         self.last_step, self.last_path = step, path
         self.last_save_seconds = time.monotonic() - started
         self._costs.add(step, self.last_save_seconds, self._clock.elapsed_seconds)

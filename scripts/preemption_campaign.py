@@ -40,6 +40,7 @@ from tests.torchrun import TorchrunJob, started  # noqa: E402
 NUM_RANKS, NUM_STEPS, DEADLINE_SECONDS = 2, 16, 180
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TARGETS = ("rank 0", "rank 1", "both", "both, apart", "their groups", "torchrun")
+EARLY_TARGETS = ("torchrun", "all processes")
 SETTINGS = {"max_steps": NUM_STEPS, "save_steps": 4, "eval_steps": 3, "max_eval_batches": 1}
 SLOW = {"step_seconds": 0.15, "save_seconds": 0.15, "dataloader_num_workers": 2, "control_steps": None}
 OPTIONS = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=60")
@@ -63,7 +64,7 @@ class Disturbance:
         is_early = draw.random() < 0.15
         return cls(
             number=draw.choice(SIGNALS),
-            target=draw.choice(TARGETS),
+            target=draw.choice(EARLY_TARGETS if is_early else TARGETS),
             num_times=draw.choice((1, 1, 2)),
             after_step=None if is_early else draw.randrange(NUM_STEPS),
             delay_seconds=draw.uniform(0, 6 if is_early else 0.4),
@@ -82,6 +83,9 @@ class Disturbance:
             match self.target:
                 case "torchrun":
                     job.agents[0].send_signal(self.number)
+                case "all processes":
+                    for pid in job.pids:
+                        self._kill(pid)
                 case "both, apart":
                     for number, pid in enumerate(pids().values()):
                         time.sleep(self.pause_seconds if number else 0)

@@ -25,6 +25,7 @@ import pytest
 
 from forgather_ckpt import annotations, catalog, paths
 from forgather_ckpt.callbacks import TrainerCallback
+from forgather_ckpt.deleter import Deleter
 from forgather_ckpt.demo.damage import damage
 from forgather_ckpt.trainers import DDPTrainer
 from forgather_ckpt.trainers.progress import Progress
@@ -276,6 +277,26 @@ def test_a_signal_while_the_last_checkpoint_is_saved_comes_too_late_to_matter(tm
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_after_that_ends_no_rank_before_the_run_directory_is_given_back(tmp_path, undisturbed, rank):
+    """Such as torchrun's, which ends the others as soon as one rank has left with the code of a signal."""
+
+    def case(own: int, world_size: int) -> Any:
+        close = Deleter.close
+
+        def late(deleter: Deleter, seconds: float) -> None:
+            if own == rank:
+                send(TERM)()
+            close(deleter, seconds)
+
+        Deleter.close = late  # type: ignore[method-assign]
+        result = trainer_of(DDPTrainer, tmp_path).train()
+        return result.exit_code, signal.getsignal(TERM) == signal.SIG_DFL
+
+    assert same_on_all(run_ranks(NUM_RANKS, case)) == (0, True)
+    assert bits(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_during_the_load_ends_the_job_before_a_step_and_is_no_failed_load(tmp_path, undisturbed, rank):
     """Each time it is told to end while it loads; after three such times the checkpoint is still the one to take."""
     train_to(4, tmp_path)
@@ -300,18 +321,24 @@ PATIENT = {"control_steps": 100, "checkpoint_timeout_seconds": 600}
 """Who waited for the deadline of a silent rank would be late for that of the test."""
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_second_ctrl_c_interrupts_its_rank_at_once_and_the_others_say_which(tmp_path, rank):
-    def insist() -> None:
-        send(INT)()
-        time.sleep(2.1)
-        send(INT)()
+def insist() -> None:
+    send(INT)()
+    time.sleep(2.1)
+    send(INT)()
 
-    outcomes = life(tmp_path, callbacks=lambda own: [At("on_step_end", 8, insist)] if own == rank else [], **PATIENT)
+
+@pytest.mark.parametrize(
+    "moment", [lambda: At("on_step_end", 8, insist), lambda: InSave(2, insist)], ids=["step", "save"]
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_second_ctrl_c_interrupts_its_rank_at_once_and_the_others_say_which(tmp_path, undisturbed, rank, moment):
+    callbacks = {"callbacks": lambda own: [moment() if own == rank else InSave(0, send())]}
+    outcomes = life(tmp_path, **callbacks, **PATIENT)
     interrupted, other = outcomes[rank], outcomes[1 - rank]
     assert interrupted.error is not None and interrupted.error.type_name == "KeyboardInterrupt"
     assert other.error is not None and f"rank {rank}" in other.error.message
-    assert kept(tmp_path) == [(4, "periodic")]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert_goes_on_to(undisturbed, tmp_path, from_step=4)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

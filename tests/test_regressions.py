@@ -553,9 +553,9 @@ def test_b30_every_file_has_one_writer_and_the_manifest_is_rank_0s(tmp_path: Pat
         created: list[str] = []
         create = files.create
 
-        def record(path: Path, size: int) -> int:
+        def record(path: Path, size: int, **options: Any) -> int:
             created.append(path.name)
-            return create(path, size)
+            return create(path, size, **options)
 
         with mock.patch.object(files, "create", record), coordinator_of(tmp_path, components) as coordinator:
             coordinator.save_checkpoint(1, metrics={"loss": 1.0})

@@ -1,5 +1,6 @@
 """When a run saves, what it keeps, and when it ends: with real trainers, on one and two processes."""
 
+import errno
 import logging
 import os
 import signal
@@ -18,12 +19,14 @@ from forgather_ckpt import (
     StateComponent,
     annotations,
     catalog,
+    files,
     load_component,
     pruning,
     requests,
     retention,
 )
 from forgather_ckpt.callbacks import TrainerCallback
+from forgather_ckpt.errors import NoSpace
 from forgather_ckpt.manifest import CheckpointManifest
 from forgather_ckpt.policies import Best, Latest
 from forgather_ckpt.trainers import DDPTrainer, Trainer
@@ -463,6 +466,53 @@ def test_a_failure_of_retention_is_logged_and_training_goes_on(tmp_path, monkeyp
         result = trainer_of(Trainer, tmp_path, max_steps=4).train()
     assert result.steps == 4
     assert any("the disk is in a bad mood" in line for line in told.lines)
+
+
+# ---- a file system that fails
+
+
+def full_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> Any:
+    """A hook: the disk is full at the saves of these steps."""
+    create = files.create
+    now: list[int] = [0]
+
+    def no_room(path: Path, size: int, **options: Any) -> int:
+        if now[0] in steps:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return create(path, size, **options)
+
+    monkeypatch.setattr(files, "create", no_room)
+    return lambda trainer: now.__setitem__(0, trainer.progress.step)
+
+
+def test_training_goes_on_over_a_full_disk_and_saves_again_when_there_is_room(tmp_path, monkeypatch):
+    hook = full_at(monkeypatch, 4, 8)
+
+    def case(rank: int, world_size: int) -> Any:
+        diary = Diary()
+        with Lines(logging.ERROR) as told:
+            result = trainer_of(DDPTrainer, tmp_path, max_steps=14, on_step_end=[hook], callbacks=[diary]).train()
+        return result.steps, diary.of("on_save"), told.lines
+
+    outcomes = run_ranks(NUM_RANKS, case)
+    assert [outcome.value[:2] for outcome in outcomes] == [(14, [12, 14])] * NUM_RANKS
+    told = outcomes[0].value[2]
+    assert [line.split(":")[0] for line in told] == [f"step {step} is not saved, training goes on" for step in (4, 8)]
+    assert "No space left on device" in told[0] and "bytes are free there" in told[0]
+    assert outcomes[1].value[2] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lease", "checkpoint-12", "checkpoint-14"]
+
+
+@pytest.mark.parametrize(("settings", "step"), [({"on_storage_error": "error"}, 4), ({}, 12)])
+def test_a_full_disk_is_an_error_where_that_is_asked_for_and_at_the_end(tmp_path, monkeypatch, settings, step):
+    trainer = trainer_of(
+        Trainer, tmp_path, save_steps=4, max_steps=12, on_step_end=[full_at(monkeypatch, step)], **settings
+    )
+    if not settings:
+        trainer = trainer_of(Trainer, tmp_path, save_steps=5, on_step_end=[full_at(monkeypatch, step)])
+    with pytest.raises(NoSpace):
+        trainer.train()
+    assert trainer.progress.step == step
 
 
 # ---- when it saves

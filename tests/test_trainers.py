@@ -92,6 +92,7 @@ def saves(output_dir: Path) -> list[tuple[int, str]]:
         ({"checkpoint_timeout_seconds": 0}, "checkpoint_timeout_seconds must be above 0"),
         ({"validate_replication_steps": -1}, "validate_replication_steps must be a whole number of at least 0"),
         ({"validate_replication_level": "none"}, "validate_replication_level must be one of quick, tensor, full"),
+        ({"on_storage_error": "ignore"}, 'on_storage_error must be "error" or "warn"'),
         ({"on_replica_mismatch": "ignore"}, 'on_replica_mismatch must be "error" or "warn"'),
         ({"resume_from_checkpoint": "1000"}, "write a step as a number, resume_from_checkpoint=1000"),
         ({"resume_from_checkpoint": ""}, '"latest", "auto", or a path'),

@@ -52,6 +52,9 @@ class TrainingArguments:
     """With "steps": save when the step number is a multiple of this, so that a resume keeps the grid."""
     save_seconds: float | None = None
     """Save too whenever training has gone on for a multiple of so many seconds, over all lives of the run."""
+    on_storage_error: Literal["warn", "error"] = "warn"
+    """When the file system fails in a save, as on a full disk: "warn" goes on and tries again when the next one is due;
+    the last save of a run is always an error."""
     eval_on_save: bool = False
     """Evaluate before each save, so that every checkpoint can be among the best."""
     save_total_limit: int | None = 10
@@ -143,6 +146,8 @@ class TrainingArguments:
             )
         if self.on_replica_mismatch not in ("error", "warn"):
             raise ValueError(f'on_replica_mismatch must be "error" or "warn", not {self.on_replica_mismatch!r}')
+        if self.on_storage_error not in ("error", "warn"):
+            raise ValueError(f'on_storage_error must be "error" or "warn", not {self.on_storage_error!r}')
         if self.fp16 and self.bf16:
             raise ValueError("fp16 and bf16 exclude each other; on hardware that has both, bf16 needs no loss scaling")
         if not _is_number(self.checkpoint_timeout_seconds) or not self.checkpoint_timeout_seconds > 0:

@@ -114,7 +114,8 @@ class Trainer:
     def train(self) -> TrainResult:
         """Train to the end, from the checkpoint that the arguments ask for or from the start.
 
-        A save that fails raises its `CheckpointError`, on every rank, and so ends the training.
+        A save that fails raises its `CheckpointError`, on every rank, and so ends the training; where it is the file
+        system that fails, `on_storage_error` decides.
         """
         seed_all(self.args.seed + self.random_stream)
         with self.create_manager() as manager:
@@ -143,6 +144,7 @@ class Trainer:
             control_steps=args.control_steps,
             grace_seconds=args.grace_seconds,
             max_load_attempts=args.max_load_attempts,
+            on_storage_error=args.on_storage_error,
             strict_args=args.strict_args,
             timeout_seconds=args.checkpoint_timeout_seconds,
             on_mismatch=args.on_replica_mismatch,
@@ -258,7 +260,8 @@ class Trainer:
             },
             kind=kind,
         )
-        self.tell(manager, "on_save", path=path, kind=kind)
+        if path is not None:
+            self.tell(manager, "on_save", path=path, kind=kind)
 
     # Evaluation
 
