@@ -28,6 +28,13 @@ class Wishes:
     """The number of the signal that ends the training, with an emergency checkpoint."""
     reasons: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Flags may come as tensors or numpy scalars, as comparisons of a loss give them, and a reason by itself."""
+        for name in ("save", "evaluate", "log", "end_epoch", "stop", "abort"):
+            object.__setattr__(self, name, bool(getattr(self, name)))
+        if isinstance(self.reasons, str):
+            object.__setattr__(self, "reasons", (self.reasons,))
+
     @property
     def ends_training(self) -> bool:
         return self.stop or self.abort or self.signal is not None

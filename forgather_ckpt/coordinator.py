@@ -18,6 +18,7 @@ from forgather_ckpt.job import Job
 from forgather_ckpt.lease import Lease
 from forgather_ckpt.load import LoadReport, Torn, load, refuse_torn, torn_error
 from forgather_ckpt.matching import Patterns, Rename, Rules
+from forgather_ckpt.metrics import as_number
 from forgather_ckpt.patterns import ValidationLevel
 from forgather_ckpt.prepare import Request as LoadRequest
 from forgather_ckpt.save import Request as SaveRequest
@@ -134,7 +135,7 @@ class CheckpointCoordinator:
                 raise DeclarationError(f"elapsed_seconds is {elapsed_seconds!r}; use a finite number, or None")
             self.take_lease()
 
-        told = dict(metrics) if isinstance(metrics, Mapping) else {}
+        told = {name: as_number(value) for name, value in metrics.items()} if isinstance(metrics, Mapping) else {}
         request = SaveRequest(step, epoch, kind, told, elapsed_seconds)
         saved: Saved = save(self._job, request, prepare=prepare, parent=self._parent)
         self._parent = saved.lineage()

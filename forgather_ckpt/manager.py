@@ -18,9 +18,10 @@ from forgather_ckpt.deleter import Deleter
 from forgather_ckpt.errors import CheckpointNotFound, DeclarationError, RankTimeout, StorageError
 from forgather_ckpt.load import LoadReport
 from forgather_ckpt.manifest import CheckpointManifest
+from forgather_ckpt.metrics import as_number
 from forgather_ckpt.policies import Best, Policy, Stored, parts
 from forgather_ckpt.retention import Protected, best_checkpoints_summary, countable, from_arguments
-from forgather_ckpt.signals import STOP_SIGNALS, SignalGuard, exit_code
+from forgather_ckpt.signals import STOP_SIGNALS, SignalGuard, exit_code, signal_numbers
 from forgather_ckpt.triggers import SaveSchedule, advice
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,17 @@ class CheckpointManager:
     ) -> None:
         self.schedule = SaveSchedule(steps=500) if schedule is None else schedule
         self.policy = from_arguments() if policy is None else policy
-        self.guard = SignalGuard(stop=tuple(stop_signals))
+        if not isinstance(self.schedule, SaveSchedule):
+            raise DeclarationError(f"schedule is {schedule!r}; use SaveSchedule(steps=500), for example")
+        if not isinstance(self.policy, Policy):
+            raise DeclarationError(f'policy is {policy!r}; use policies joined by |: Latest(3) | Best(1, "eval_loss")')
+        if on_storage_error not in ("warn", "error"):
+            raise DeclarationError(f'on_storage_error is {on_storage_error!r}; use "warn" or "error"')
+        for name, value in [("control_steps", control_steps), ("max_load_attempts", max_load_attempts)]:
+            if not (type(value) is int and value > 0) and (name, value) != ("control_steps", None):
+                raise DeclarationError(f"{name} is {value!r}; use a whole number, from 1")
+        signal_numbers(stop_signals, "stop_signals")
+        self.guard = SignalGuard(stop=stop_signals)
         self.coordinator = CheckpointCoordinator(source, output_dir, training_args=training_args, **options)
         self.rank = self.coordinator.topology.rank
         self.run = self.coordinator.run_directory
@@ -147,6 +158,7 @@ class CheckpointManager:
         if which is None:
             which = self.coordinator.agree("choosing how to start", lambda: None, lambda _: self._ask())
         if which is False:
+            self._tell_fresh_start()
             return 0
         if which == "best" and self._bests:
             which = self.coordinator.agree("choosing the best", lambda: None, lambda _: self._path_of_best())
@@ -180,6 +192,18 @@ class CheckpointManager:
             raise DeclarationError(prompt.without_terminal(self.run, found), path=str(self.run))
         best = next(iter(self._bests), None)
         return prompt.ask(self.run, found, best=best, while_waiting=self._while_waiting)
+
+    def _tell_fresh_start(self) -> None:
+        """Rank 0: what there is of an earlier run is not safe from this one."""
+        found = pruning.survey(catalog.scan(self.run)) if self.rank == 0 and self.schedule.saves else []
+        if found:
+            logger.warning(
+                "a fresh start in %s, which holds %d checkpoints, the newest of step %d: this run's policy counts them with "
+                "its own and removes what it does not keep, and its saves replace those of the same step",
+                self.run,
+                len(found),
+                found[0].step,
+            )
 
     def _path_of_best(self) -> str:
         """Rank 0: of the best checkpoint by the policy of this job."""
@@ -258,7 +282,8 @@ class CheckpointManager:
         return agreed.ends_training
 
     def finish(self, step: int, *, epoch: float | None = None, metrics: Mapping[str, Any] | None = None) -> None:
-        """At the end of the training: its last checkpoint, unless it was aborted."""
+        """At the end of the training: its last checkpoint, unless it was aborted, by a wish of its last steps too."""
+        self.agree(step, must=True)
         if self.schedule.at_end and not self.ending.abort:
             self.save(step, epoch=epoch, metrics=metrics, kind=self.kind_of_last)
 
@@ -396,10 +421,9 @@ class CheckpointManager:
         if self.rank != 0:
             return
         try:
+            numbers = {name: as_number(value) for name, value in metrics.items()}
             checkpoint = choice.candidates(self.run, step)[0]
-            annotations.annotate(
-                checkpoint.path, lambda noted: replace(noted, metrics={**noted.metrics, **dict(metrics)})
-            )
+            annotations.annotate(checkpoint.path, lambda noted: replace(noted, metrics={**noted.metrics, **numbers}))
         except Exception as err:
             logger.warning("the metrics of step %d were not noted: %s: %s", step, type(err).__name__, err)
 

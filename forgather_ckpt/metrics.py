@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Literal
+from typing import Any, Literal
 
 Mode = Literal["min", "max"]
 """Whether the lowest or the highest value is the best."""
@@ -45,3 +45,13 @@ def rankable(value: object) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) else None
+
+
+def as_number(value: Any) -> Any:
+    """The number in a tensor or numpy array of one element, or in a numpy scalar; other values as they are."""
+    if not hasattr(value, "ndim"):
+        return value
+    try:
+        return value.item()
+    except (TypeError, ValueError, RuntimeError):  # several elements
+        return value

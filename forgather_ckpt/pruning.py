@@ -95,7 +95,7 @@ def prune(
         stored = survey(found)
         verdicts = retention.decide(policy, stored, protected)
         for told in retention.unranked_newest(policy, stored):
-            logger.warning("%s; evaluate before each save (eval_on_save=True)", told)
+            logger.warning("%s", told)
         for path in found.unfinished:
             if path.name.startswith(paths.TRASH_PREFIX):
                 delete(path)

@@ -132,12 +132,19 @@ def unranked_newest(policy: Policy, found: Sequence[Stored]) -> list[str]:
     """Why the newest checkpoint is no candidate for the best, a sentence for each policy that asks for them."""
     newest = countable(found)[:1]
     return [
-        f"{one.path.name} cannot be among the best: {part.why_unranked(one)}"
+        f"{one.path.name} cannot be among the best: {part.why_unranked(one)}{_way_out(part, one)}"
         for part in parts(policy)
         if isinstance(part, Best)
         for one in newest
         if rankable(one.metrics.get(part.metric)) is None
     ]
+
+
+def _way_out(best: Best, one: Stored) -> str:
+    if best.metric in one.metrics:
+        return ""
+    others = f", only {', '.join(map(repr, sorted(one.metrics)))}" if one.metrics else ""
+    return f"{others}; evaluate before each save (eval_on_save=True, with an eval_dataset)"
 
 
 # ---- the arguments of a trainer

@@ -69,8 +69,8 @@ class SignalGuard:
     """
 
     def __init__(self, stop: Sequence[str] = STOP_SIGNALS, save: Sequence[str] = ()) -> None:
-        self._stop = _numbers(stop, "stop")
-        self._save = _numbers(save, "save")
+        self._stop = signal_numbers(stop, "stop")
+        self._save = signal_numbers(save, "save")
         if both := self._stop & self._save:
             raise DeclarationError(
                 f"{signal.Signals(min(both)).name} is given as stop= and as save=; a signal asks for one of them"
@@ -167,9 +167,14 @@ def _as_before(before: _Before, number: int, frame: FrameType | None) -> None:
         signal.raise_signal(number)
 
 
-def _numbers(names: Sequence[str], argument: str) -> frozenset[int]:
+def signal_numbers(names: Sequence[str], argument: str) -> frozenset[int]:
+    """The numbers of these signals; `DeclarationError`, which names the argument, where a training cannot handle one."""
     if isinstance(names, str):
         raise DeclarationError(f"{argument}={names!r} is a string; use a tuple of names, ({names!r},)")
+    if not isinstance(names, Sequence):
+        raise DeclarationError(
+            f"{argument}={names!r} is no list of names; use a tuple of names, ('SIGTERM',), or () for none"
+        )
     for name in names:
         if name not in signal.Signals.__members__ or name in _OUT_OF_REACH:
             raise DeclarationError(

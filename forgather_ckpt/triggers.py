@@ -35,6 +35,10 @@ class SaveSchedule:
     def __post_init__(self) -> None:
         if self.steps is not None and not (type(self.steps) is int and self.steps > 0):
             raise DeclarationError(f"SaveSchedule: steps is {self.steps!r}; use a number of steps, from 1, or None")
+        if not isinstance(self.epochs, bool):
+            raise DeclarationError(
+                f"SaveSchedule: epochs is {self.epochs!r}; use True, at the end of each epoch, or False"
+            )
         if self.seconds is not None and not (rankable(self.seconds) is not None and self.seconds > 0):
             raise DeclarationError(f"SaveSchedule: seconds is {self.seconds!r}; use a number above 0, or None")
 

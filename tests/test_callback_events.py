@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import math
@@ -47,7 +48,7 @@ detectors = pytest.mark.parametrize("make", [DualTimeScaleDivergenceDetector, sm
 
 def asked(control: TrainerControl) -> set[str]:
     """The flags that are up."""
-    return {name for name, value in vars(control).items() if value is True}
+    return {field.name for field in dataclasses.fields(control) if getattr(control, field.name) is True}
 
 
 STOP, ABORT = {"should_training_stop"}, {"should_abort_without_save"}
@@ -99,6 +100,36 @@ def test_b55_a_metric_in_a_log_and_an_evaluation_of_one_step_is_counted_once(tmp
         assert asked(events.control) == asked(doubled.control)
     assert stored(once) == stored(twice)
     assert asked(events.control) == STOP
+
+
+@pytest.mark.parametrize("make", [DualTimeScaleDivergenceDetector, small_windows, EarlyStopping])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_metric_that_does_not_come_is_told_of_once_and_by_one_rank(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Make, rank: int
+) -> None:
+    def told(key: str, tell: Callable[[Events], None]) -> list[str]:
+        caplog.clear()
+        events = Events([make(metric_key=key, mode="min")], tmp_path, rank=rank)
+        for _ in range(3):
+            events.step(loss=1.0)
+            tell(events)
+        events.tell("on_train_end", error=None)
+        return [message.split(" ", 1)[1] for message in caplog.messages]
+
+    def log_and_evaluate(events: Events) -> None:
+        events.log(loss=1.0, learning_rate=0.1)
+        events.evaluate(eval_loss=1.0)
+
+    told_at_first = {
+        "eval_los": ["watches 'eval_los', which the evaluation of step 1 does not have, only eval_loss"],
+        "los": ["watches 'los', which the log of step 1 does not have, only loss, learning_rate"],
+        "eval_loss": [],
+        "loss": [],
+    }
+    for key, lines in told_at_first.items():
+        assert told(key, log_and_evaluate) == (lines if rank == 0 else [])
+    never = ["has watched nothing: 'eval_loss' never came"]
+    assert told("eval_loss", lambda events: events.log(loss=1.0)) == (never if rank == 0 else [])
 
 
 @detectors

@@ -565,6 +565,7 @@ def printed(block: Block, num_ranks: int, directory: Path) -> str:
     def case(rank: int, world_size: int) -> str:
         sys.path.insert(0, str(directory))
         logging.getLogger().handlers.clear()  # those of the tests, or `basicConfig` would do nothing
+        sys.orig_argv = [sys.executable, "train.py"]  # under xdist, tests run in what looks like an interactive session
         with contextlib.redirect_stdout(io.StringIO()) as said:
             try:
                 exec(code(block, RUNNING), {})
@@ -582,8 +583,9 @@ def pattern_of(shown: str) -> str:
 
 @pytest.mark.multiprocess
 def test_the_programs_and_commands_of_the_run_manager_come_to_what_is_shown(
-    directory: Path, capsys: pytest.CaptureFixture[str]
+    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setenv("COLUMNS", "100")
     said: dict[str, str] = {}
     last = ""
     for block in blocks_of(RUNNING):

@@ -1,6 +1,7 @@
 """Evaluation during training: what it finds, that training does not notice it, and who fails together where it cannot be."""
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from forgather_ckpt import catalog
 from forgather_ckpt.trainers import DDPTrainer, FSDPTrainer, Trainer
 from forgather_ckpt.trainers.evaluation import EvaluationBatches
 from tests.layouts import Layout, Net, local, states
@@ -169,6 +171,68 @@ def test_metrics_of_ones_own_are_averaged_over_samples_and_named(tmp_path):
     first = sum(float(dataset[index]["x"][0]) for index in range(5)) / 5
     found = same_on_all(run_ranks(2, case))
     assert found == {"eval_first": pytest.approx(first), "eval_size": pytest.approx((2 * 2 + 3 * 3) / 5)}
+
+
+@pytest.mark.parametrize(
+    ("found", "problem"),
+    [
+        (None, "an evaluation step gave None, a NoneType; return the means over the batch by name"),
+        (0.5, "an evaluation step gave 0.5, a float; return the means over the batch by name"),
+        ({"loss": None}, "the metric 'loss' of a batch is None, a NoneType; give its mean over the batch, one number"),
+        ({"loss": "0.5"}, "the metric 'loss' of a batch is '0.5', a str; give its mean over the batch, one number"),
+        ({"loss": torch.ones(2)}, "the metric 'loss' of a batch is tensor([1., 1.]), a Tensor; give its mean"),
+        ({"loss": 1j}, "the metric 'loss' of a batch is 1j, a complex; give its mean over the batch, one number"),
+        ({1: 0.5}, "a metric is called 1, a int; give it a name that is a string"),
+        ({"loss": 1.0, "eval_loss": 2.0}, "two metrics of a batch are called 'eval_loss'"),
+    ],
+    ids=repr,
+)
+def test_metrics_that_are_no_means_are_refused(tmp_path, found, problem):
+    trainer = trainer_of(Trainer, tmp_path, eval_dataset=Noise(8), compute_metrics=lambda model, batch: found)
+    with pytest.raises((TypeError, ValueError), match=re.escape(problem)):
+        trainer.evaluate()
+
+
+def test_a_metric_of_some_batches_is_refused_rather_than_averaged_over_all(tmp_path):
+    names = iter([["loss", "f1"], ["loss"]])
+    trainer = trainer_of(
+        Trainer,
+        tmp_path,
+        eval_dataset=Noise(8),
+        compute_metrics=lambda model, batch: dict.fromkeys(next(names), 1.0),
+    )
+    with pytest.raises(ValueError, match="some batches have the metric eval_f1 and some have not"):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize(
+    "metrics", [[{"acc": 1.0}, {"f1": 0.0}], [{"acc": 1.0}, {"acc": 1.0, "f1": 0.0}]], ids=["other", "more"]
+)
+def test_metrics_with_other_names_on_another_rank_are_refused_on_all_rather_than_added(tmp_path, metrics):
+    def case(rank: int, world_size: int) -> Any:
+        trainer_of(
+            DDPTrainer, tmp_path, eval_dataset=Noise(8), compute_metrics=lambda model, batch: metrics[rank]
+        ).evaluate()
+
+    for error in errors(run_ranks(2, case)):
+        assert "and another rank has others; give the same ones on all ranks" in error.message
+
+
+def test_what_an_evaluation_of_ones_own_finds_is_noted_in_the_checkpoint(tmp_path):
+    class Judge(Trainer):
+        def evaluate(self) -> dict[str, float]:
+            return {"eval_loss": 0.5}
+
+    trainer_of(Judge, tmp_path, max_steps=4, eval_dataset=Noise(8), eval_on_save=True).train()
+    assert catalog.scan(tmp_path).checkpoints[0].manifest.metrics["eval_loss"] == 0.5
+
+
+def test_datasets_of_other_lengths_are_refused_on_all_ranks(tmp_path):
+    def case(rank: int, world_size: int) -> Any:
+        trainer_of(DDPTrainer, tmp_path, eval_steps=2, eval_dataset=Noise(8 + rank)).train()
+
+    for error in errors(run_ranks(2, case)):
+        assert error.message == "len(eval_dataset) is 8 on rank 0 and 9 on rank 1; it must be the same on all ranks"
 
 
 def test_modules_that_were_frozen_in_evaluation_mode_stay_so(tmp_path):

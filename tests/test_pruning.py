@@ -227,7 +227,8 @@ def test_b60_a_checkpoint_without_the_metric_is_said_to_be_no_candidate(tmp_path
     save(tmp_path, 2)
     prune(tmp_path, Latest(3) | BEST)
     assert caplog.messages == [
-        "checkpoint-2 cannot be among the best: it has no metric 'eval_loss'; evaluate before each save (eval_on_save=True)"
+        "checkpoint-2 cannot be among the best: it has no metric 'eval_loss'; evaluate before each save "
+        "(eval_on_save=True, with an eval_dataset)"
     ]
 
 

@@ -409,7 +409,8 @@ def test_b58_a_diverged_checkpoint_does_not_push_the_good_one_out():
 def test_b60_a_checkpoint_without_the_metric_is_no_candidate_and_that_is_said():
     policy = Latest(5) | Best(1, "eval_loss")
     assert unranked_newest(policy, saved(3.0, None)) == [
-        "checkpoint-2 cannot be among the best: it has no metric 'eval_loss'"
+        "checkpoint-2 cannot be among the best: it has no metric 'eval_loss'; evaluate before each save "
+        "(eval_on_save=True, with an eval_dataset)"
     ]
     assert unranked_newest(policy, saved(3.0, math.nan)) == [
         "checkpoint-2 cannot be among the best: its 'eval_loss' is no finite number"

@@ -3,12 +3,14 @@
 import errno
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ from forgather_ckpt import (
     retention,
 )
 from forgather_ckpt.callbacks import TrainerCallback
-from forgather_ckpt.errors import NoSpace
+from forgather_ckpt.errors import DeclarationError, NoSpace
 from forgather_ckpt.manifest import CheckpointManifest
 from forgather_ckpt.policies import Best, Latest
 from forgather_ckpt.trainers import DDPTrainer, Trainer
@@ -73,6 +75,22 @@ def test_an_abort_on_one_rank_ends_all_without_a_checkpoint(tmp_path, rank):
     result = train(tmp_path, callbacks=lambda _: [AskAt({8: "should_abort_without_save"}, rank)])
     assert result == (8, f"asked at 8 (rank {rank})", 0)
     assert kept(tmp_path) == [(4, "periodic")], "the save that was due at step 8 was given up"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_abort_at_the_last_step_gives_the_last_checkpoint_up_also_where_nobody_looks_at_that_step(tmp_path, rank):
+    settings = {"save_steps": 5, "logging_steps": 100, "control_steps": 100}
+    result = train(tmp_path, callbacks=lambda _: [AskAt({12: "should_abort_without_save"}, rank)], **settings)
+    assert result == (12, f"asked at 12 (rank {rank})", 0)
+    assert kept(tmp_path) == [(5, "periodic"), (10, "periodic")]
+
+
+def test_an_evaluation_asked_for_at_the_last_step_is_made(tmp_path):
+    diary = Diary()
+    settings = {"eval_steps": 100, "logging_steps": 100, "control_steps": 100, "max_steps": 6}
+    asks = AskAt({6: "should_evaluate"})
+    trainer_of(Trainer, tmp_path, eval_dataset=Noise(8), callbacks=[diary, asks], **settings).train()
+    assert diary.of("on_evaluate") == [6]
 
 
 def test_b58_an_abort_in_the_evaluation_before_a_save_cancels_that_save(tmp_path):
@@ -122,13 +140,30 @@ def test_b59_an_epoch_that_one_rank_ends_is_left_by_all_and_the_next_one_is_trai
     assert same_on_all(run_ranks(NUM_RANKS, case)) == (11, 2, [0, 3], [3, 11])
 
 
+@pytest.mark.parametrize(
+    ("event", "step", "expected"),
+    [("on_train_begin", 0, (0, [])), ("on_epoch_end", 8, (8, [8]))],
+)
+def test_a_stop_at_the_start_or_at_the_end_of_an_epoch_is_followed_there(tmp_path, event, step, expected):
+    steps, *_ = train(
+        tmp_path,
+        control_steps=100,
+        save_steps=100,
+        logging_steps=100,
+        max_steps=50,
+        callbacks=lambda _: [AskAt({step: "should_training_stop"}, 1, event)],
+    )
+    assert (steps, [saved for saved, _ in kept(tmp_path)]) == expected
+
+
 def test_flags_are_followed_within_the_steps_between_two_looks(tmp_path):
     steps, *_ = train(
         tmp_path,
         control_steps=5,
         save_steps=100,
         logging_steps=100,
-        max_steps=50,
+        max_steps=30,
+        per_device_train_batch_size=2,  # an epoch, at whose end they look too, has 16 steps
         callbacks=lambda _: [AskAt({6: "should_training_stop"}, 1)],
     )
     assert steps == 10
@@ -314,8 +349,46 @@ def test_the_end_is_told_however_the_training_ends(tmp_path):
 
 
 def test_what_is_no_callback_is_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"make it a subclass of forgather_ckpt\.callbacks\.TrainerCallback"):
-        trainer_of(Trainer, tmp_path, callbacks=[print])
+    for callbacks, problem in [
+        ([print], r"make it a subclass of forgather_ckpt\.callbacks\.TrainerCallback"),
+        ([Diary], r"callbacks= has the class Diary; give an instance, Diary\(…\)"),
+        (Diary(), r"is no list; write callbacks=\[…\], or leave it out"),
+        (None, r"callbacks=None is no list; write callbacks=\[…\], or leave it out"),
+    ]:
+        with pytest.raises(TypeError, match=problem):
+            trainer_of(Trainer, tmp_path, callbacks=callbacks)
+
+
+def test_what_one_callback_changes_in_the_metrics_no_other_one_sees(tmp_path):
+    class Clears(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, *, logs: Any, **kwargs: Any) -> None:
+            logs.clear()
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: Any, **kwargs: Any) -> None:
+            metrics.clear()
+
+    diary = Diary()
+    trainer_of(
+        Trainer, tmp_path, max_steps=4, eval_on_save=True, eval_dataset=Noise(8), callbacks=[Clears(), diary]
+    ).train()
+    assert diary.metrics and all(metrics for _, metrics in diary.metrics)
+    assert "eval_loss" in catalog.scan(tmp_path).checkpoints[0].manifest.metrics
+
+
+def test_an_event_that_no_trainer_tells_and_a_flag_that_there_is_not_are_told_of(tmp_path):
+    class Misspelt(TrainerCallback):
+        def on_eval(self, *facts: Any, **kwargs: Any) -> None: ...
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_trainig_stop = True
+
+    with Lines(logging.WARNING) as told:
+        trainer_of(Trainer, tmp_path, max_steps=4, callbacks=[Misspelt()]).train()
+    assert told.lines == [
+        "callback Misspelt has on_eval, which no trainer calls",
+        "callback Misspelt.on_log failed at step 4; it will be called again",
+        "callback Misspelt.on_log failed 1 times; the first one is in the log above",
+    ]
 
 
 # ---- what is kept
@@ -425,7 +498,8 @@ def test_b60_a_save_without_the_metric_is_told_of(tmp_path):
     with Lines(logging.WARNING) as told:
         trainer_of(Trainer, tmp_path, max_steps=4, preserve_best_model=True).train()
     assert told.lines == [
-        "checkpoint-4 cannot be among the best: it has no metric 'eval_loss'; evaluate before each save (eval_on_save=True)"
+        "checkpoint-4 cannot be among the best: it has no metric 'eval_loss', only 'loss'; evaluate before each save "
+        "(eval_on_save=True, with an eval_dataset)"
     ]
 
 
@@ -599,6 +673,57 @@ def test_a_loop_of_ones_own_saves_and_goes_on(tmp_path):
     assert kept(tmp_path) == [(6, "final"), (9, "final")]
 
 
+@pytest.mark.parametrize("make", [torch.tensor, numpy.float32, numpy.array, lambda value: torch.tensor([value])])
+def test_metrics_may_be_tensors_and_numpy_scalars(tmp_path, make):
+    counter = StateComponent("counter", Box({"count": 0}), SharingPattern.GLOBAL)
+    with CheckpointManager(
+        [counter], tmp_path, schedule=SaveSchedule(steps=1), policy=Latest(1) | Best(1, "eval_loss")
+    ) as manager:
+        for step, loss in enumerate([2.0, 0.5, 3.0, 4.0], start=1):
+            manager.after_step(step, metrics={"eval_loss": make(loss)})
+        manager.note_metrics(4, {"eval_loss": make(0.25)})
+        manager.after_step(5, metrics={"eval_loss": make(5.0)})
+    assert [step for step, _ in kept(tmp_path)] == [4, 5]
+
+
+@pytest.mark.parametrize("make", [torch.tensor, numpy.bool_])
+def test_wishes_may_be_tensors_and_numpy_scalars(tmp_path, make):
+    counter = StateComponent("counter", Box({"count": 0}), SharingPattern.GLOBAL)
+    with CheckpointManager([counter], tmp_path, schedule=SaveSchedule(steps=1)) as manager:
+        assert not manager.after_step(1, stop=make(False), reasons="not yet")
+        assert manager.after_step(2, stop=make(True), reasons="enough")
+        assert manager.ending.reasons == ("enough",)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"policy": [Latest(2)]}, "policy is [Latest(n=2)]; use policies joined by |"),
+        ({"policy": Latest}, "use policies joined by |"),
+        ({"policy": 3}, "policy is 3; use policies joined by |"),
+        ({"schedule": 500}, "schedule is 500; use SaveSchedule(steps=500)"),
+        ({"on_storage_error": "ignore"}, "on_storage_error is 'ignore'; use"),
+        ({"control_steps": 0}, "control_steps is 0; use a whole number, from 1"),
+        ({"max_load_attempts": None}, "max_load_attempts is None; use a whole number, from 1"),
+        ({"stop_signals": "SIGTERM"}, "stop_signals='SIGTERM' is a string; use a tuple of names"),
+    ],
+)
+def test_what_a_manager_cannot_use_is_refused_when_it_is_made(tmp_path, given, problem):
+    counter = StateComponent("counter", Box({"count": 0}), SharingPattern.GLOBAL)
+    with pytest.raises(DeclarationError, match=re.escape(problem)):
+        CheckpointManager([counter], tmp_path, **given)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_abort_at_the_last_step_leaves_no_last_checkpoint(tmp_path, rank):
+    def case(own: int, world_size: int) -> Any:
+        wishes = {10: {"abort": True}} if own == rank else {}
+        return loop(tmp_path, 10, wishes=wishes)
+
+    assert same_on_all(run_ranks(NUM_RANKS, case)) == (0, 10, 0)
+    assert kept(tmp_path) == [(4, "periodic"), (8, "periodic")]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_wish_between_two_looks_is_not_lost(tmp_path, rank):
     def case(own: int, world_size: int) -> Any:
@@ -615,6 +740,17 @@ def test_a_run_that_fails_again_and_again_between_saves_does_not_give_its_checkp
         with pytest.raises(KeyError):
             loop(tmp_path, 9, die_after=6)
     assert loop(tmp_path, 9)[0] == 4
+
+
+def test_a_fresh_start_beside_checkpoints_says_what_becomes_of_them(tmp_path):
+    trainer_of(Trainer, tmp_path).train()
+    with Lines(logging.WARNING) as told:
+        trainer_of(Trainer, tmp_path, max_steps=4, save_total_limit=1, resume_from_checkpoint=False).train()
+    assert told.lines == [
+        f"a fresh start in {tmp_path}, which holds 3 checkpoints, the newest of step 12: this run's policy counts them with "
+        "its own and removes what it does not keep, and its saves replace those of the same step"
+    ]
+    assert [step for step, _ in kept(tmp_path)] == [4]
 
 
 def test_best_is_by_the_policy_of_the_job(tmp_path):

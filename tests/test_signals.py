@@ -151,6 +151,7 @@ def test_exit_codes_are_those_of_shells(name, code):
         ({"stop": ("TERM",)}, "use names such as 'SIGTERM'"),
         ({"save": ("SIGKILL",)}, "save names 'SIGKILL', which is no signal that a training can handle"),
         ({"stop": "SIGTERM"}, "is a string; use a tuple of names, \\('SIGTERM',\\)"),
+        ({"stop": None}, "stop=None is no list of names; use a tuple of names, .* or \\(\\) for none"),
         ({"stop": ("SIGTERM",), "save": ("SIGTERM",)}, "SIGTERM is given as stop= and as save="),
     ],
 )

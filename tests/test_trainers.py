@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from forgather_ckpt.component import StateComponent
-from forgather_ckpt.errors import CheckpointError, CheckpointNotFound, ReplicaMismatch
+from forgather_ckpt.errors import CheckpointError, CheckpointNotFound, DeclarationError, ReplicaMismatch
 from forgather_ckpt.manifest import CheckpointManifest
 from forgather_ckpt.patterns import SharingPattern
 from forgather_ckpt.trainers import DDPTrainer, Trainer, TrainingArguments
@@ -108,10 +108,18 @@ def saves(output_dir: Path) -> list[tuple[int, str]]:
         ({"bf16": "no"}, "bf16 must be True or False, not 'no'"),
         ({"fp16": 1}, "fp16 must be True or False, not 1"),
         ({"dispatch_batches": None}, "dispatch_batches must be True or False, not None"),
+        ({"stop_signals": "SIGTERM"}, "stop_signals='SIGTERM' is a string; use a tuple of names, ('SIGTERM',)"),
+        ({"stop_signals": ("TERM",)}, "stop_signals names 'TERM', which is no signal that a training can handle"),
+        ({"stop_signals": None}, "stop_signals=None is no list of names; use a tuple of names, ('SIGTERM',), or ()"),
+        ({"preserve_n_best": 3}, "write preserve_best_model=True, preserve_n_best=3"),
+        ({"evaluation_strategy": "steps"}, "evaluation_strategy='steps' is not an argument here: write eval_strategy="),
+        ({"report_to": "tensorboard"}, "give the trainer callbacks=[JsonlLogger()], or TensorBoardLogger()"),
+        ({"overwrite_output_dir": True}, "write resume_from_checkpoint=False to start over"),
+        ({"no_cuda": True}, 'write device="cpu"'),
     ],
 )
 def test_wrong_settings_are_refused_with_what_to_write(settings, problem):
-    with pytest.raises(ValueError, match=re.escape(problem)):
+    with pytest.raises((ValueError, DeclarationError), match=re.escape(problem)):
         TrainingArguments("runs", **settings)
 
 
@@ -345,6 +353,15 @@ def test_ddp_trainer_needs_torchrun(tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(RuntimeError, match="start it with torchrun"):
         DDPTrainer(make_model(), make_args(tmp_path), Points())
+
+
+def test_a_training_step_that_gives_no_tensor_is_told_what_to_return(tmp_path):
+    class Own(Trainer):
+        def training_step(self, batches: Any) -> Any:
+            return super().training_step(batches).item()
+
+    with pytest.raises(TypeError, match=r"Own\.training_step returned .*; return this rank's mean loss, a tensor"):
+        Own(make_model(), make_args(tmp_path), Points()).train()
 
 
 @pytest.mark.parametrize(

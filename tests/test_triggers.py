@@ -91,6 +91,7 @@ def test_the_clock_keeps_its_phase_over_crashes_and_resumes(lengths, seconds, cr
         ({"steps": 2.5}, "steps is 2.5"),
         ({"steps": True}, "steps is True"),
         ({"seconds": 0}, "seconds is 0; use a number above 0"),
+        ({"epochs": 2}, "epochs is 2; use True, at the end of each epoch, or False"),
         ({"seconds": math.nan}, "seconds is nan"),
         ({"seconds": "60"}, "seconds is '60'"),
     ],

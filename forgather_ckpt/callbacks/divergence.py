@@ -67,11 +67,13 @@ class _DivergenceDetector(Watcher):
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, *, logs: Mapping[str, Any], **kwargs: Any
     ) -> None:
+        self.look_for_metric(logs, state, is_evaluation=False)
         self.follow(self.observe(logs, state.global_step), control)
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, *, metrics: Mapping[str, Any], **kwargs: Any
     ) -> None:
+        self.look_for_metric(metrics, state, is_evaluation=True)
         self.follow(self.observe(metrics, state.global_step), control)
 
     def give_another_chance(self) -> None:

@@ -32,7 +32,7 @@ class TrainerState:
         return self.rank == 0
 
 
-@dataclass
+@dataclass(slots=True)
 class TrainerControl:
     """What callbacks ask for. One rank's wish is every rank's: the ranks agree before any of them acts.
 

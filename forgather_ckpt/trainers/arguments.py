@@ -9,6 +9,7 @@ import torch
 
 from forgather_ckpt.policies import Policy
 from forgather_ckpt.retention import from_arguments, refuse_replaced
+from forgather_ckpt.signals import signal_numbers
 from forgather_ckpt.triggers import SaveSchedule
 
 STRATEGIES = ("no", "steps", "epoch")
@@ -103,6 +104,8 @@ class TrainingArguments:
 
     def __new__(cls, *_: Any, **given: Any) -> "TrainingArguments":
         refuse_replaced(given)
+        for name in given.keys() & _ELSEWHERE.keys():
+            raise ValueError(f"{name}={given[name]!r} is not an argument here: {_ELSEWHERE[name]}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -132,7 +135,13 @@ class TrainingArguments:
                 raise ValueError(f"{name} must be one of {', '.join(STRATEGIES)}, not {getattr(self, name)!r}")
         if not _is_number(self.grace_seconds) or not self.grace_seconds > 0:
             raise ValueError(f"grace_seconds must be above 0, not {self.grace_seconds!r}")
+        signal_numbers(self.stop_signals, "stop_signals")
         self.retention_policy()
+        if self.preserve_n_best != 1 and not self.preserve_best_model:
+            raise ValueError(
+                f"preserve_n_best={self.preserve_n_best!r} keeps nothing by itself; write preserve_best_model=True, "
+                f"preserve_n_best={self.preserve_n_best!r}"
+            )
         self.save_schedule()
         if self.lr_scheduler_type not in LR_SCHEDULERS:
             raise ValueError(
@@ -207,6 +216,15 @@ class TrainingArguments:
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
+
+_ELSEWHERE = {
+    "evaluation_strategy": "write eval_strategy=",
+    "overwrite_output_dir": "write resume_from_checkpoint=False to start over, and remove what is there by hand",
+    "report_to": "give the trainer callbacks=[JsonlLogger()], or TensorBoardLogger()",
+    "no_cuda": 'write device="cpu"',
+    "use_cpu": 'write device="cpu"',
+}
+"""What Hugging Face's trainer takes and is said in another way here."""
 
 _AT_LEAST = {
     "seed": 0,

@@ -17,11 +17,21 @@ class Events:
     """The callbacks of a trainer, what they are told of it, and what they have asked for."""
 
     def __init__(self, callbacks: Sequence[TrainerCallback], args: Any, state: TrainerState) -> None:
+        if isinstance(callbacks, TrainerCallback) or not isinstance(callbacks, Sequence):
+            raise TypeError(f"callbacks={callbacks!r} is no list; write callbacks=[…], or leave it out")
         for callback in callbacks:
+            if isinstance(callback, type) and issubclass(callback, TrainerCallback):
+                raise TypeError(
+                    f"callbacks= has the class {callback.__name__}; give an instance, {callback.__name__}(…)"
+                )
             if not isinstance(callback, TrainerCallback):
                 raise TypeError(
                     f"callbacks= has a {type(callback).__name__}; make it a subclass of forgather_ckpt.callbacks."
                     "TrainerCallback, or give a function of the trainer to on_step_end="
+                )
+            if state.rank == 0 and (unknown := _unknown_events(callback)):
+                logger.warning(
+                    "callback %s has %s, which no trainer calls", type(callback).__name__, ", ".join(unknown)
                 )
         self.callbacks = tuple(callbacks)
         self.state = state
@@ -30,10 +40,14 @@ class Events:
         self._failures: Counter[str] = Counter()
 
     def tell(self, event: str, **facts: Any) -> None:
-        """Call this event of all callbacks. What one raises is logged, the first time with its traceback."""
+        """Call this event of all callbacks. What one raises is logged, the first time with its traceback.
+
+        Each gets metrics and logs of its own: what one changes in them, no other one sees.
+        """
         for callback in self.callbacks:
             try:
-                getattr(callback, event)(self._args, self.state, self.control, **facts)
+                own = {name: dict(fact) if isinstance(fact, dict) else fact for name, fact in facts.items()}
+                getattr(callback, event)(self._args, self.state, self.control, **own)
             except Exception as err:
                 name = f"{type(callback).__name__}.{event}"
                 self._failures[name] += 1
@@ -63,6 +77,15 @@ class Events:
         """At the end: which callbacks did not do their work."""
         for name, count in self._failures.items():
             logger.warning("callback %s failed %d times; the first one is in the log above", name, count)
+
+
+def _unknown_events(callback: TrainerCallback) -> list[str]:
+    """Methods with names like those of events, as other libraries have more of them, or as they are misspelt."""
+    return [
+        name
+        for name in dir(type(callback))
+        if name.startswith("on_") and not hasattr(TrainerCallback, name) and callable(getattr(type(callback), name))
+    ]
 
 
 class StepMetrics(Mapping[str, float]):

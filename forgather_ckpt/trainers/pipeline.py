@@ -309,7 +309,7 @@ class PipelineTrainer(DistributedTrainer):
             total += self._run(self._pipeline.eval, micro_batches) * num_samples
             weight += num_samples
         is_last = self.num_stages - 1 in self.stages
-        return {"loss": total, NUM_SAMPLES: weight if is_last else torch.zeros_like(weight)}
+        return {"eval_loss": total, NUM_SAMPLES: weight if is_last else torch.zeros_like(weight)}
 
     def _begin(self, micro_batches: Sequence[Batch]) -> Any:
         """The schedule of this run, once there is a batch from which the shapes follow that stages exchange."""

@@ -27,7 +27,13 @@ from forgather_ckpt.rng import RNGState
 from forgather_ckpt.trainers.arguments import TrainingArguments
 from forgather_ckpt.trainers.callbacks import CallbackStates, taken_over
 from forgather_ckpt.trainers.checks import refuse_missing_device, refuse_unlike_ranks, refuse_unusable
-from forgather_ckpt.trainers.evaluation import EvalDataset, EvaluationBatches, undisturbed
+from forgather_ckpt.trainers.evaluation import (
+    EvalDataset,
+    EvaluationBatches,
+    as_means,
+    refuse_unlike_names,
+    undisturbed,
+)
 from forgather_ckpt.trainers.events import Events, StepMetrics
 from forgather_ckpt.trainers.progress import Progress, TrainResult
 from forgather_ckpt.trainers.schedule import is_multiple, lr_factor
@@ -78,12 +84,12 @@ class Trainer:
         self.data_collator = data_collator
         self.eval_dataset = eval_dataset
         self.on_step_end = tuple(on_step_end)
-        self.callback_states = CallbackStates((*on_step_end, *callbacks))
         self._given_loss = compute_loss
         self._given_metrics = compute_metrics
         self.device, self.rank, self.world_size = self.join_job()
         self.state = TrainerState(rank=self.rank, world_size=self.world_size)
         self.events = Events(callbacks, args, self.state)
+        self.callback_states = CallbackStates((*on_step_end, *callbacks))
         self.model = self.take_model(model)
         """The module itself: its names are the names in the checkpoint."""
         self.wrapped = self.wrap_model(model)
@@ -160,18 +166,28 @@ class Trainer:
     def run(self, manager: CheckpointManager) -> None:
         """The loop over epochs and steps, until the training is finished or the ranks have agreed to end it."""
         self.wrapped.train()
-        manager.agree(self.progress.step, must=True)  # a signal may have come while the state was loaded
+        manager.agree(
+            self.progress.step, self.events.take_wishes(), must=True
+        )  # a signal in the load, a wish at the start
         while not self.is_over(manager):
             self.tell(manager, "on_epoch_begin")
             for batches in in_groups(self.loader, self.batches_per_step):
                 self.tell(manager, "on_step_begin")
-                self.finish_step(self.reduce_loss(self.training_step(batches)))
+                loss = self.training_step(batches)
+                if not isinstance(loss, torch.Tensor):
+                    raise TypeError(
+                        f"{type(self).__name__}.training_step returned {loss!r}; return this rank's mean loss, a tensor"
+                    )
+                self.finish_step(self.reduce_loss(loss))
                 manager.step_done()
                 if self.after_step(manager) or self.is_over(manager):
                     break
             else:
                 self.progress.epoch += 1
                 self.after_epoch(manager)
+        agreed = manager.agree(self.progress.step, self.events.take_wishes(), must=True)  # of the last steps
+        if agreed.evaluate and self.can_evaluate and not agreed.abort:
+            self.evaluate_and_tell(manager)
         if manager.schedule.at_end and not manager.ending.abort:
             self.save(manager, manager.kind_of_last)
 
@@ -205,9 +221,11 @@ class Trainer:
 
     def after_epoch(self, manager: CheckpointManager) -> None:
         self.tell(manager, "on_epoch_end")
-        if self.can_evaluate and self.args.eval_strategy == "epoch":
+        agreed = manager.agree(self.progress.step, self.events.take_wishes(), must=True)
+        is_eval_due = self.args.eval_strategy == "epoch" or agreed.evaluate
+        if self.can_evaluate and is_eval_due and not agreed.ends_training:
             self.evaluate_and_tell(manager)
-        if self.args.save_strategy == "epoch" and not manager.ending.abort:
+        if (self.args.save_strategy == "epoch" or agreed.save) and not manager.ending.abort:
             self.save(manager, "epoch")
 
     def resume(self, manager: CheckpointManager) -> Path | None:
@@ -273,8 +291,9 @@ class Trainer:
         """Evaluate, tell the callbacks, and let the ranks agree on what these ask for."""
         step = self.progress.step
         if self._evaluation is None:
-            manager.coordinator.agree("loading the evaluation data", self._begin_evaluation)
+            manager.coordinator.agree("loading the evaluation data", self._begin_evaluation, refuse_unlike_ranks)
         metrics = self.evaluate()
+        self._evaluated = step, dict(metrics)  # of a subclass's own evaluate too
         if manager.last_step == step:
             manager.note_metrics(step, metrics)
         if self.rank == 0:
@@ -291,19 +310,17 @@ class Trainer:
             self._begin_evaluation()
         with undisturbed(self.model, self.args.seed + self.random_stream):
             sums = self.evaluation_sums()
-        names = list(sums)
+        names = sorted(sums)
+        refuse_unlike_names(names, self.reduce_sums, self.device)
         totals = self.reduce_sums(torch.stack([sums[name].double() for name in names])).tolist()
         weight = totals[names.index(NUM_SAMPLES)]
-        metrics = {
-            name if name.startswith("eval_") else f"eval_{name}": total / weight
-            for name, total in zip(names, totals, strict=True)
-            if name != NUM_SAMPLES
-        }
+        metrics = {name: total / weight for name, total in zip(names, totals, strict=True) if name != NUM_SAMPLES}
         self._evaluated = self.progress.step, metrics
         return metrics
 
-    def _begin_evaluation(self) -> None:
+    def _begin_evaluation(self) -> dict[str, Any]:
         self._evaluation = self.create_evaluation()
+        return {"len(eval_dataset)": self._evaluation.num_samples}
 
     def create_evaluation(self) -> EvaluationBatches:
         """The batches of this rank; the dataset is made now, if it was given as a function."""
@@ -326,14 +343,18 @@ class Trainer:
         return {"batch_size": size, "collate_fn": self.data_collator}
 
     def evaluation_sums(self) -> dict[str, torch.Tensor]:
-        """Of this rank: the sum of each metric over its samples, and under `NUM_SAMPLES` how many these are."""
+        """Of this rank: the sum of each metric (`eval_…`) over its samples, and under `NUM_SAMPLES` how many these are."""
         assert self._evaluation is not None
         sums: dict[str, torch.Tensor] = {}
         for batch, weight in self._evaluation:
-            found = {**self.evaluation_step(self.to_device(batch)), NUM_SAMPLES: 1.0}
-            for name in sorted(found):
-                value = torch.as_tensor(found[name], device=self.device).detach().float() * weight
-                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
+            found = as_means(self.evaluation_step(self.to_device(batch)), self.device)
+            found[NUM_SAMPLES] = torch.ones((), device=self.device)
+            if sums and sums.keys() != found.keys():
+                unlike = ", ".join(sorted(sums.keys() ^ found.keys()))
+                raise ValueError(
+                    f"some batches have the metric {unlike} and some have not; give the same ones of each batch"
+                )
+            sums = {name: sums.get(name, 0.0) + value * weight for name, value in found.items()}
         return sums
 
     def evaluation_step(self, batch: Batch) -> Mapping[str, Any]:
