@@ -29,4 +29,4 @@ if [[ "$(cat "$installed" 2>/dev/null)" != "$wanted" ]]; then
 fi
 
 scripts/check.sh
-"$VENV/bin/python" -m pytest -n 2 "$@"
+"$VENV/bin/python" -m pytest -n 2 --dist worksteal "$@"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from forgather_ckpt import catalog
+from forgather_ckpt import catalog, trainers
 from forgather_ckpt.trainers import DDPTrainer, FSDPTrainer, Trainer
 from forgather_ckpt.trainers.evaluation import EvaluationBatches
 from tests.layouts import Layout, Net, local, states
@@ -245,17 +245,24 @@ def test_modules_that_were_frozen_in_evaluation_mode_stay_so(tmp_path):
     assert modes == {name: name != "layers.1" for name in modes}
 
 
-@pytest.mark.parametrize("kind", [Trainer, DDPTrainer])
+@pytest.mark.parametrize("kind", ["Trainer", "DDPTrainer", "AccelTrainer"])
 def test_batch_statistics_and_dropout_of_training_are_not_touched(tmp_path, kind):
     def case(rank: int, world_size: int) -> Any:
         found = []
         for steps in (100, 1):
-            trainer = trainer_of(kind, tmp_path, save_strategy="no", eval_steps=steps, eval_dataset=Noise(9))
+            trainer = trainer_of(
+                getattr(trainers, kind),
+                tmp_path,
+                save_strategy="no",
+                eval_steps=steps,
+                eval_dataset=Noise(9),
+                device="cpu",
+            )
             trainer.train()
             found.append({name: value.tolist() for name, value in trainer.model.state_dict().items()})
         return found
 
-    for without, evaluated in values(run_ranks(1 if kind is Trainer else 2, case)):
+    for without, evaluated in values(run_ranks(1 if kind == "Trainer" else 2, case)):
         assert evaluated == without
 
 

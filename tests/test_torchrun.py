@@ -69,7 +69,7 @@ def test_a_hang_ends_at_the_deadline_with_stacks_and_no_process_left(script, mon
     jobs = []
     monkeypatch.setattr("tests.torchrun._pids_of", lambda job: jobs.append(job) or _pids_of(job))
     with pytest.raises(TorchrunTimedOut, match="wait_for_ever"):
-        torchrun([script, "hang"], 2, timeout=40.0)
+        torchrun([script, "hang"], 2, timeout=25.0)
     assert len(set(jobs)) == 1
     assert _pids_of(jobs[0]) == []
     with pytest.raises(ChildProcessError):

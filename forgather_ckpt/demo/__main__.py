@@ -147,6 +147,7 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
         save_total_limit=options.save_total_limit,
         eval_strategy="steps" if options.eval_steps else "no",
         eval_steps=max(1, options.eval_steps),
+        max_eval_batches=10,
         eval_on_save=options.preserve_n_best > 0,
         preserve_best_model=options.preserve_n_best > 0,
         preserve_n_best=max(1, options.preserve_n_best),
