@@ -43,7 +43,7 @@ TARGETS = ("rank 0", "rank 1", "both", "both, apart", "their groups", "torchrun"
 EARLY_TARGETS = ("torchrun", "all processes")
 SETTINGS = {"max_steps": NUM_STEPS, "save_steps": 4, "eval_steps": 3, "max_eval_batches": 1}
 SLOW = {"step_seconds": 0.15, "save_seconds": 0.15, "dataloader_num_workers": 2, "control_steps": None}
-OPTIONS = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=60")
+OPTIONS = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from tests.torchrun import ROOT, TorchrunJob, started
 
 DEADLINE_SECONDS = 90
 JOB = ROOT / "tests" / "preemption_job.py"
-LAUNCH_OPTIONS = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=60")
+LAUNCH_OPTIONS = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",)
 
 pytestmark = [
     pytest.mark.multiprocess,

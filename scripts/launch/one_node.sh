@@ -24,6 +24,8 @@ fi
 # Without it the agent and the workers share a store: after a restart they would find addresses of dead processes in
 # it, wait for those, and fail.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# A variable, as torchrun 2.11 does not have the option --shutdown-timeout, and waits 30 s whatever it says.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${SHUTDOWN_TIMEOUT:-60}"
 # The number of threads decides the order in which floats are added: a resume is exact only with as many as before.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
@@ -31,5 +33,4 @@ exec torchrun \
     --standalone \
     --nproc-per-node="${NPROC_PER_NODE:-auto}" \
     --max-restarts="${MAX_RESTARTS:-3}" \
-    --shutdown-timeout="${SHUTDOWN_TIMEOUT:-60}" \
     "$@"

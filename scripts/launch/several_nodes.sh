@@ -31,6 +31,8 @@ fi
 # Without it, agents and workers share a store over restarts: the workers find addresses of dead processes in it, wait
 # for those, and fail. This is what makes restarts of several agents work.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# A variable, as torchrun 2.11 does not have the option --shutdown-timeout, and waits 30 s whatever it says.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${SHUTDOWN_TIMEOUT:-60}"
 # The number of threads decides the order in which floats are added: a resume is exact only with as many as before.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
@@ -49,5 +51,4 @@ exec torchrun \
     --rdzv-conf="$rendezvous" \
     --max-restarts="${MAX_RESTARTS:-3}" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-    --shutdown-timeout="${SHUTDOWN_TIMEOUT:-60}" \
     "$@"

@@ -32,6 +32,8 @@ shutdown_timeout="${SHUTDOWN_TIMEOUT:-10}"
 
 # Restarts of several agents meet addresses of dead processes without it, and fail.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# A variable, as torchrun 2.11 does not have the option --shutdown-timeout, and waits 30 s whatever it says.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="$shutdown_timeout"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
 
@@ -75,7 +77,6 @@ for ((node = 0; node < num_nodes; node++)); do
         --rdzv-conf="$rendezvous" \
         --local-addr=127.0.0.1 \
         --max-restarts="${MAX_RESTARTS:-3}" \
-        --shutdown-timeout="$shutdown_timeout" \
         "$@" &
     agents+=($!)
     echo "simulated_nodes.sh: node $node of $num_nodes is process $!" >&2
