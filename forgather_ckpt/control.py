@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
+from forgather_ckpt.errors import DeclarationError
 from forgather_ckpt.replication import describe
 
 
@@ -83,6 +84,19 @@ def merged(wishes: Sequence[Wishes]) -> Wishes:
         for reason, ranks in ranks_of.items()
     )
     return replace(union, reasons=told)
+
+
+def refuse_unlike(facts: Sequence[Mapping[str, Any]]) -> None:
+    """`DeclarationError` where ranks, in their order, were told different things: they would come to a log, a save or the
+    end at different steps, and wait for each other."""
+    for name, expected in facts[0].items():
+        unlike = tuple(rank for rank, own in enumerate(facts) if own.get(name) != expected)
+        if unlike:
+            raise DeclarationError(
+                f"{name} is {expected!r} on rank 0 and {facts[unlike[0]].get(name)!r} on rank {describe(unlike)}; it must be "
+                "the same on all ranks",
+                rank=unlike[0],
+            )
 
 
 @dataclass

@@ -4,14 +4,14 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from forgather_ckpt import annotations, attempts, catalog, choice, prompt, pruning, requests, space
 from forgather_ckpt.changes import compare_arguments, refuse_risky, told
-from forgather_ckpt.control import NOTHING, Pace, Wishes, merged
+from forgather_ckpt.control import NOTHING, Pace, Wishes, merged, refuse_unlike
 from forgather_ckpt.coordinator import CheckpointCoordinator
 from forgather_ckpt.declarations import Source
 from forgather_ckpt.deleter import Deleter
@@ -21,8 +21,9 @@ from forgather_ckpt.manifest import CheckpointManifest
 from forgather_ckpt.metrics import as_number
 from forgather_ckpt.policies import Best, Policy, Stored, parts
 from forgather_ckpt.retention import Protected, best_checkpoints_summary, countable, from_arguments
+from forgather_ckpt.run_clock import RunClock, SaveCosts
 from forgather_ckpt.signals import STOP_SIGNALS, SignalGuard, exit_code, signal_numbers
-from forgather_ckpt.triggers import SaveSchedule, advice
+from forgather_ckpt.triggers import SaveSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -78,18 +79,19 @@ class CheckpointManager:
     ) -> None:
         self.schedule = SaveSchedule(steps=500) if schedule is None else schedule
         self.policy = from_arguments() if policy is None else policy
-        if not isinstance(self.schedule, SaveSchedule):
-            raise DeclarationError(f"schedule is {schedule!r}; use SaveSchedule(steps=500), for example")
-        if not isinstance(self.policy, Policy):
-            raise DeclarationError(f'policy is {policy!r}; use policies joined by |: Latest(3) | Best(1, "eval_loss")')
-        if on_storage_error not in ("warn", "error"):
-            raise DeclarationError(f'on_storage_error is {on_storage_error!r}; use "warn" or "error"')
-        for name, value in [("control_steps", control_steps), ("max_load_attempts", max_load_attempts)]:
-            if not (type(value) is int and value > 0) and (name, value) != ("control_steps", None):
-                raise DeclarationError(f"{name} is {value!r}; use a whole number, from 1")
-        signal_numbers(stop_signals, "stop_signals")
-        self.guard = SignalGuard(stop=stop_signals)
         self.coordinator = CheckpointCoordinator(source, output_dir, training_args=training_args, **options)
+        settings = {
+            "stop_signals": stop_signals,
+            "control_steps": control_steps,
+            "max_load_attempts": max_load_attempts,
+            "on_storage_error": on_storage_error,
+        }
+        try:  # a rank with a wrong one tells the others
+            self.coordinator.agree("comparing the managers", lambda: self._checked(settings), refuse_unlike)
+        except BaseException:
+            self.coordinator.close()
+            raise
+        self.guard = SignalGuard(stop=stop_signals)
         self.rank = self.coordinator.topology.rank
         self.run = self.coordinator.run_directory
         self.resumed: LoadReport | None = None
@@ -107,28 +109,45 @@ class CheckpointManager:
         self._max_load_attempts = max_load_attempts
         self._grace_seconds = grace_seconds
         self._pace = Pace(control_steps)
-        self._clock = _Clock()
+        self._clock = RunClock()
         self._pending = Wishes()
         self._is_on_trial = False
         """Rank 0: a checkpoint is being loaded, or was, and no step has been done since: if the job dies now, it may be
         because of that. An error, or the end of the training, is no death."""
         self._deleter = Deleter()
-        self._costs = _Costs()
+        self._costs = SaveCosts()
         self._told: set[str] = set()
 
     def __enter__(self) -> Self:
         self.guard.__enter__()
         try:
-            if self.schedule.saves:
-                self.coordinator.agree("taking the run directory", self._take_run_directory)
+            self.coordinator.agree("taking the run directory", self._take_run_directory)
         except BaseException:
             self.close()
             raise
         return self
 
+    def _checked(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What must be the same on all ranks, or they would not come to the same exchanges; `DeclarationError` where it
+        makes no sense on this one."""
+        if not isinstance(self.schedule, SaveSchedule):
+            raise DeclarationError(f"schedule is {self.schedule!r}; use SaveSchedule(steps=500), for example")
+        if not isinstance(self.policy, Policy):
+            raise DeclarationError(
+                f'policy is {self.policy!r}; use policies joined by |: Latest(3) | Best(1, "eval_loss")'
+            )
+        if settings["on_storage_error"] not in ("warn", "error"):
+            raise DeclarationError(f'on_storage_error is {settings["on_storage_error"]!r}; use "warn" or "error"')
+        for name in ("control_steps", "max_load_attempts"):
+            value = settings[name]
+            if not (type(value) is int and value > 0) and (name, value) != ("control_steps", None):
+                raise DeclarationError(f"{name} is {value!r}; use a whole number, from 1")
+        signal_numbers(settings["stop_signals"], "stop_signals")
+        return {"schedule": repr(self.schedule), **{name: repr(value) for name, value in settings.items()}}
+
     def _take_run_directory(self) -> None:
-        self.coordinator.take_lease()
-        if self.rank == 0:
+        if self.rank == 0 and self.schedule.saves:
+            self.coordinator.take_lease()
             requests.discard_stale(self.run)
 
     def __exit__(
@@ -155,8 +174,10 @@ class CheckpointManager:
         where there is none), "best", a step, a path, or False for a fresh start. None asks the person at the terminal,
         where there is something to resume from; without a terminal that is an error.
         """
+        asked = str(which)
+        answer = self.coordinator.agree("choosing how to start", lambda: {"resume": asked}, self._choose_start)
         if which is None:
-            which = self.coordinator.agree("choosing how to start", lambda: None, lambda _: self._ask())
+            which = answer
         if which is False:
             self._tell_fresh_start()
             return 0
@@ -182,6 +203,11 @@ class CheckpointManager:
         self.last_step, self.last_path = report.step, report.path
         self._clock.begin(report.elapsed_seconds or 0.0)
         return report.step
+
+    def _choose_start(self, asked: Sequence[Mapping[str, str]]) -> prompt.Answer | None:
+        """Rank 0: the person's answer, where nothing else says what to go on from."""
+        refuse_unlike(asked)
+        return self._ask() if asked[0]["resume"] == str(None) else None
 
     def _ask(self) -> prompt.Answer:
         """Rank 0: what the person who started the job wants to go on from."""
@@ -265,20 +291,26 @@ class CheckpointManager:
     # The run
 
     def after_step(
-        self, step: int, *, epoch: float | None = None, metrics: Mapping[str, Any] | None = None, **wishes: Any
+        self,
+        step: int,
+        *,
+        epoch: float | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        is_epoch_end: bool = False,
+        **wishes: Any,
     ) -> bool:
         """After an optimizer step: save if that is due; whether the training ends here, for all ranks alike.
 
         `wishes` are those of this rank (`control.Wishes`): `save=True`, `stop=True`, `abort=True`, `reasons=("why",)`.
         """
         self.step_done()
-        is_due = self.schedule.is_due(step)
-        agreed = self.agree(step, Wishes(**wishes), must=is_due)
+        kind = self.schedule.due(step, is_epoch_end=is_epoch_end)
+        agreed = self.agree(step, Wishes(**wishes), must=kind is not None)
         if not agreed.abort:
             if agreed.signal is not None:
                 self.save(step, epoch=epoch, metrics=metrics, kind="emergency")
-            elif is_due or agreed.save:
-                self.save(step, epoch=epoch, metrics=metrics)
+            elif kind is not None or agreed.save:
+                self.save(step, epoch=epoch, metrics=metrics, kind=kind or "periodic")
         return agreed.ends_training
 
     def finish(self, step: int, *, epoch: float | None = None, metrics: Mapping[str, Any] | None = None) -> None:
@@ -319,8 +351,6 @@ class CheckpointManager:
 
     def _take_wishes(self) -> Wishes:
         own, self._pending = self._pending, Wishes()
-        if self.guard.take_save():
-            own |= Wishes(save=True)
         if (received := self.guard.received) is not None and self.ending.signal is None:
             own |= Wishes(signal=received.number, reasons=(f"{received.name} received",))
         return own
@@ -383,7 +413,7 @@ class CheckpointManager:
         pruned = pruning.prune(self.run, self.policy, protected, delete=self._deleter.delete)
         kept = [verdict.checkpoint for verdict in pruned.verdicts if verdict.keep]
         self._tell_best(path, kept)
-        self._tell_space(len(pruned.removed))
+        self._tell_space(pruned)
         if self.last_save_seconds is not None and self.last_save_seconds > self._grace_seconds:
             self._warn_once(
                 "grace",
@@ -400,12 +430,12 @@ class CheckpointManager:
                     what = "new best checkpoint" if place == 1 else f"best checkpoint {place} of {best.n}"
                     logger.info("%s: %s (%s=%.6g)", what, path, best.metric, value)
 
-    def _tell_space(self, num_removed: int) -> None:
-        storage = space.storage(self.run)
+    def _tell_space(self, pruned: pruning.Pruned) -> None:
+        storage = space.storage(self.run, pruned.left)
         if self._costs.num_saves % SAVES_PER_STORAGE_LINE == 0:
             logger.info("%s", space.line(storage))
             logger.info("%s", self._costs.advice())
-        removed = (storage.largest_recent_bytes or 0) if num_removed else 0
+        removed = (storage.largest_recent_bytes or 0) if pruned.removed else 0
         if shortage := space.shortage(storage, removed_per_save_bytes=removed):
             self._warn_once("space", shortage)
         else:
@@ -450,60 +480,3 @@ def _wish(request: requests.Request) -> Wishes:
             return Wishes(stop=True, reasons=reasons)
         case "abort":
             return Wishes(abort=True, reasons=reasons)
-
-
-class _Clock:
-    """For how long the run has been training, over all its lives, by this rank's clock."""
-
-    def __init__(self) -> None:
-        self.begin(0.0)
-        self._last_step: tuple[int, float] | None = None
-
-    def begin(self, seconds: float) -> None:
-        self._start = time.monotonic() - seconds
-        self._looked_at = seconds
-
-    @property
-    def elapsed_seconds(self) -> float:
-        return time.monotonic() - self._start
-
-    def look(self) -> tuple[float, float]:
-        """The time at the last look, and now."""
-        before, self._looked_at = self._looked_at, self.elapsed_seconds
-        return before, self._looked_at
-
-    def seconds_per_step(self, step: int) -> float | None:
-        """Since the last call."""
-        before, now = self._last_step, time.monotonic()
-        self._last_step = step, now
-        if before is None or step <= before[0]:
-            return None
-        return (now - before[1]) / (step - before[0])
-
-
-@dataclass
-class _Costs:
-    """What saves have cost in this process."""
-
-    seconds: list[float] = field(default_factory=list)
-    first: tuple[int, float] | None = None
-    """Step and training time of the first save."""
-    last: tuple[int, float] = (0, 0.0)
-
-    @property
-    def num_saves(self) -> int:
-        return len(self.seconds)
-
-    def add(self, step: int, seconds: float, elapsed_seconds: float) -> None:
-        self.seconds.append(seconds)
-        self.last = (step, elapsed_seconds)
-        self.first = self.first or self.last
-
-    def advice(self) -> str:
-        assert self.first is not None
-        num_steps = max(1, self.last[0] - self.first[0])
-        return advice(
-            save_seconds=sorted(self.seconds)[len(self.seconds) // 2],
-            seconds_per_step=(self.last[1] - self.first[1]) / num_steps,
-            steps_per_save=num_steps / max(1, self.num_saves - 1),
-        )

@@ -35,6 +35,8 @@ class Pruned:
     removed: Sequence[Path] = ()
     failed: Mapping[Path, str] = field(default_factory=dict)
     """What should have gone and is still there, and why."""
+    left: Catalog | None = field(default=None, compare=False)
+    """What the run directory holds now; None where it could not be looked through."""
 
 
 def survey(found: Catalog) -> list[Stored]:
@@ -81,9 +83,7 @@ def _seconds(created: str) -> float | None:
         return None
 
 
-def prune(
-    run: Path, policy: Policy, protected: Protected, *, delete: Callable[[Path], None] | None = None
-) -> Pruned:
+def prune(run: Path, policy: Policy, protected: Protected, *, delete: Callable[[Path], None] | None = None) -> Pruned:
     """Remove from the run directory what `policy` does not keep. Never raises; what fails is logged and told.
 
     What earlier removals left in the trash goes too. `delete` is given what was renamed away, which may take long to
@@ -99,17 +99,17 @@ def prune(
         for path in found.unfinished:
             if path.name.startswith(paths.TRASH_PREFIX):
                 delete(path)
-        return _carry_out(run, verdicts, delete)
+        return _carry_out(found, run, verdicts, delete)
     except Exception as err:  # a policy may be anybody's code
         logger.warning("no checkpoint was removed from %s: %s", run, _told(err))
         return Pruned()
 
 
-def _carry_out(run: Path, verdicts: Sequence[Verdict], delete: Callable[[Path], None]) -> Pruned:
+def _carry_out(found: Catalog, run: Path, verdicts: Sequence[Verdict], delete: Callable[[Path], None]) -> Pruned:
     doomed = [verdict for verdict in reversed(verdicts) if not verdict.keep]
     if doomed:
         files.sync_directory(run)  # what is kept is found after a power loss before anything goes
-    removed, failed = [], {}
+    removed, trashed, failed = [], [], {}
     for verdict in doomed:
         path = verdict.checkpoint.path
         trash = None
@@ -126,8 +126,10 @@ def _carry_out(run: Path, verdicts: Sequence[Verdict], delete: Callable[[Path], 
         removed.append(path)
         logger.info("removed %s: %s", path, "; ".join(verdict.reasons))
         if trash is not None:
+            trashed.append(trash)
             delete(trash)
-    return Pruned(verdicts, removed, failed)
+    kept = tuple(one for one in found.checkpoints if one.path not in removed)
+    return Pruned(verdicts, removed, failed, Catalog(kept, found.rejected, (*found.unfinished, *trashed)))
 
 
 def delete_trash(trash: Path) -> None:

@@ -17,7 +17,7 @@ LAYERS = [
     ("errors", "patterns", "dtypes", "hashtree", "metrics", "multilinear", "paths"),
     ("figures", "strict_json", "topology", "boxes", "signals", "triggers", "resume_arguments"),
     # codecs
-    ("values", "container", "manifest"),
+    ("values", "container", "manifest", "run_clock"),
     ("names", "index", "redaction", "command_line"),
     # decisions: pure
     ("plan", "replication", "resume", "pieces", "parting", "matching", "policies", "changes"),

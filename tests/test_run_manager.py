@@ -5,9 +5,9 @@ import logging
 import os
 import re
 import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -26,6 +26,8 @@ from forgather_ckpt import (
     pruning,
     requests,
     retention,
+    run_clock,
+    space,
 )
 from forgather_ckpt.callbacks import TrainerCallback
 from forgather_ckpt.errors import DeclarationError, NoSpace
@@ -609,8 +611,7 @@ def test_saves_by_the_clock_go_on_from_the_training_time_of_the_run(tmp_path, mo
         nonlocal seconds
         seconds += 10.0
 
-    real = time.monotonic
-    monkeypatch.setattr(time, "monotonic", lambda: real() + seconds)
+    monkeypatch.setattr(run_clock, "time", SimpleNamespace(monotonic=lambda: seconds))
     diary = Diary()
     options: dict[str, Any] = {
         "save_strategy": "no",
@@ -618,10 +619,10 @@ def test_saves_by_the_clock_go_on_from_the_training_time_of_the_run(tmp_path, mo
         "on_step_end": [advance],
         "callbacks": [diary],
     }
-    trainer_of(Trainer, tmp_path, max_steps=6, checkpoint_timeout_seconds=1000, **options).train()
+    trainer_of(Trainer, tmp_path, max_steps=6, **options).train()
     assert diary.of("on_save") == [3, 5]
-    assert 50 <= CheckpointManifest.load(tmp_path / "checkpoint-5").elapsed_seconds < 51  # type: ignore[operator]
-    trainer_of(Trainer, tmp_path, max_steps=12, checkpoint_timeout_seconds=1000, **options).train()
+    assert CheckpointManifest.load(tmp_path / "checkpoint-5").elapsed_seconds == 50
+    trainer_of(Trainer, tmp_path, max_steps=12, **options).train()
     assert diary.of("on_save") == [3, 5, 8, 10], "70 s is not 75: it was not step 7 that was due"
 
 
@@ -722,6 +723,50 @@ def test_an_abort_at_the_last_step_leaves_no_last_checkpoint(tmp_path, rank):
 
     assert same_on_all(run_ranks(NUM_RANKS, case)) == (0, 10, 0)
     assert kept(tmp_path) == [(4, "periodic"), (8, "periodic")]
+
+
+def test_the_end_of_an_epoch_is_saved_where_the_schedule_has_epochs(tmp_path):
+    components = [StateComponent("counter", Box({"count": 0}), SharingPattern.REPLICATED)]
+    with CheckpointManager(components, tmp_path, schedule=SaveSchedule(steps=4, epochs=True)) as manager:
+        for step in range(1, 8):
+            manager.after_step(step, is_epoch_end=step in (3, 4))
+        manager.finish(7)
+    assert kept(tmp_path) == [(3, "epoch"), (4, "epoch"), (7, "final")]
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (lambda rank: {"policy": Latest(3) if rank else [Latest(3)]}, "policy is [Latest(n=3)]"),
+        (lambda rank: {"control_steps": 5 * rank}, "control_steps is 0; use a whole number"),
+        (lambda rank: {"control_steps": 5 + rank}, "control_steps is '5' on rank 0 and '6' on rank 1"),
+        (lambda rank: {"schedule": SaveSchedule(steps=4, at_end=rank == 0)}, "schedule is 'SaveSchedule(steps=4, "),
+        (lambda rank: {"schedule": SaveSchedule(at_end=rank == 0)}, "schedule is 'SaveSchedule(steps=None, "),
+        (lambda rank: {"stop_signals": ("SIGTERM",) if rank else "SIGTERM"}, "stop_signals='SIGTERM' is a string"),
+        (lambda rank: {"resume": "auto" if rank else None}, "resume is 'None' on rank 0 and 'auto' on rank 1"),
+    ],
+)
+def test_managers_that_are_not_alike_are_refused_on_all_ranks_at_once(tmp_path, given, problem):
+    def case(rank: int, world_size: int) -> Any:
+        options = given(rank)
+        which = options.pop("resume", "auto")
+        components = [StateComponent("counter", Box({"count": 0}), SharingPattern.REPLICATED)]
+        with CheckpointManager(components, tmp_path, timeout_seconds=20, **options) as manager:
+            manager.resume(which)
+
+    first, second = (error.message for error in errors(run_ranks(NUM_RANKS, case)))
+    assert first == second
+    assert problem in first
+
+
+def test_a_disk_on_which_the_next_saves_will_not_fit_is_told_of_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(space, "_free", lambda run: 1000)
+    with Lines() as told:
+        loop(tmp_path, 40)
+    assert len([line for line in told.lines if "the next 2 saves will not fit" in line]) == 1
+    [line] = [line for line in told.lines if line.startswith("checkpoint storage: ")]
+    assert line.endswith(" (10 periodic), 1.00 kB free"), "at the tenth save"
+    assert len([line for line in told.lines if line.startswith("a save takes ")]) == 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,26 +1,9 @@
 """What a trainer refuses before it begins, with what to write instead."""
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-
-from forgather_ckpt.errors import DeclarationError
-from forgather_ckpt.replication import describe
-
-
-def refuse_unlike_ranks(facts: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse ranks that were told different things; each dataset is whole on every rank, the loader deals it out."""
-    for name, expected in facts[0].items():
-        unlike = tuple(rank for rank, own in enumerate(facts) if own.get(name) != expected)
-        if unlike:
-            raise DeclarationError(
-                f"{name} is {expected!r} on rank 0 and {facts[unlike[0]].get(name)!r} on rank {describe(unlike)}; it must be "
-                "the same on all ranks",
-                rank=unlike[0],
-            )
 
 
 def refuse_missing_device(device: str | None) -> None:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from forgather_ckpt.callbacks.events import TrainerCallback, TrainerState
 from forgather_ckpt.component import StateComponent
-from forgather_ckpt.control import Wishes
+from forgather_ckpt.control import Wishes, refuse_unlike
 from forgather_ckpt.data.batches import Batch, Samples, map_leaves
 from forgather_ckpt.data.loader import StatefulLoader, in_groups
 from forgather_ckpt.data.position import merge_positions
@@ -26,7 +26,7 @@ from forgather_ckpt.patterns import SharingPattern, ValidationLevel
 from forgather_ckpt.rng import RNGState
 from forgather_ckpt.trainers.arguments import TrainingArguments
 from forgather_ckpt.trainers.callbacks import CallbackStates, taken_over
-from forgather_ckpt.trainers.checks import refuse_missing_device, refuse_unlike_ranks, refuse_unusable
+from forgather_ckpt.trainers.checks import refuse_missing_device, refuse_unusable
 from forgather_ckpt.trainers.evaluation import (
     EvalDataset,
     EvaluationBatches,
@@ -125,7 +125,7 @@ class Trainer:
         """
         seed_all(self.args.seed + self.random_stream)
         with self.create_manager() as manager:
-            manager.coordinator.agree("comparing the ranks", self.common_facts, refuse_unlike_ranks)
+            manager.coordinator.agree("comparing the ranks", self.common_facts, refuse_unlike)
             resumed_from = self.resume(manager)
             with self._told_to_callbacks(manager):
                 self.run(manager)
@@ -225,7 +225,7 @@ class Trainer:
         is_eval_due = self.args.eval_strategy == "epoch" or agreed.evaluate
         if self.can_evaluate and is_eval_due and not agreed.ends_training:
             self.evaluate_and_tell(manager)
-        if (self.args.save_strategy == "epoch" or agreed.save) and not manager.ending.abort:
+        if (manager.schedule.epochs or agreed.save) and not manager.ending.abort:
             self.save(manager, "epoch")
 
     def resume(self, manager: CheckpointManager) -> Path | None:
@@ -291,7 +291,7 @@ class Trainer:
         """Evaluate, tell the callbacks, and let the ranks agree on what these ask for."""
         step = self.progress.step
         if self._evaluation is None:
-            manager.coordinator.agree("loading the evaluation data", self._begin_evaluation, refuse_unlike_ranks)
+            manager.coordinator.agree("loading the evaluation data", self._begin_evaluation, refuse_unlike)
         metrics = self.evaluate()
         self._evaluated = step, dict(metrics)  # of a subclass's own evaluate too
         if manager.last_step == step:
