@@ -6,7 +6,7 @@ checkpoint was ours, the next older one is loaded over it, otherwise the error s
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -53,6 +53,11 @@ class LoadReport:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     elapsed_seconds: float | None = None
     """For which the run had been training."""
+
+    def without(self, key: str, reason: str) -> "LoadReport":
+        """Where a component was loaded, and what it was given is not for this job after all."""
+        loaded = tuple(one for one in self.loaded if one != key)
+        return replace(self, loaded=loaded, skipped={**self.skipped, key: reason})
 
 
 class Torn(Exception):

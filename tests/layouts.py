@@ -34,6 +34,7 @@ from forgather_ckpt.trainers import (
     Trainer,
     TrainingArguments,
 )
+from tests.gpus import nodes_on_gpus
 from tests.ranks import Outcome, run_ranks, values
 from tests.test_pipeline import NUM_SAMPLES, NUM_TOKENS, Sentences, union
 from tests.test_resume import (
@@ -120,7 +121,7 @@ class Layout:
     settings: Mapping[str, Any] = field(default_factory=dict)
     nodes: tuple[int, ...] | None = None
     device: str = "cpu"
-    """"cuda": a GPU a rank, and NCCL."""
+    """"cuda": NCCL, and a GPU a rank where there are so many (tests/gpus.py)."""
 
     def __str__(self) -> str:
         axes = "×".join(f"{name}{size}" for name, size in self.axes.items())
@@ -192,8 +193,9 @@ class Layout:
 
     def outcomes(self, case: Callable[[], Any], **options: Any) -> list[Outcome]:
         backend = None if self.kind == "one" else "gloo" if self.device == "cpu" else "nccl"
+        nodes = nodes_on_gpus(self.world_size) if self.device == "cuda" and self.nodes is None else self.nodes
         return run_ranks(
-            self.world_size, lambda rank, world_size: case(), backend=backend, nodes=self.nodes, timeout=100, **options
+            self.world_size, lambda rank, world_size: case(), backend=backend, nodes=nodes, timeout=100, **options
         )
 
     def run(self, case: Callable[[], Any]) -> list[Any]:

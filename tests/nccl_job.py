@@ -1,8 +1,9 @@
-"""Run by torchrun in test_gpu.py: one process a GPU, an NCCL-only default group, every pattern, exact restore.
+"""Run by torchrun in test_gpu.py: an NCCL-only default group, every pattern, exact restore.
 
 Prints `exact: <number of ranks>` from rank 0 when everything held.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -125,9 +126,18 @@ def check_that_a_failure_leaves_full_usable(coordinator: CheckpointCoordinator) 
     assert all(report.is_equal for report in coordinator.validate_replication("full").values())
 
 
+def share_gpus(node: str) -> None:
+    """Have NCCL (tests/gpus.py), and FULL, take the GPU that this node has together with others for one of its own."""
+    os.environ["NCCL_HOSTID"] = node
+    device_of = bytewise._device_of
+    bytewise._device_of = lambda holding: (name := device_of(holding)) and f"{name} of {node}"
+
+
 def main(run_directory: str) -> None:
+    if os.environ["GROUP_WORLD_SIZE"] != "1":
+        share_gpus(f"node {os.environ['GROUP_RANK']}")
     dist.init_process_group("nccl")
-    device = torch.device("cuda", dist.get_rank())
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     first = Job(device, seed=0)
     torch.manual_seed(100 + dist.get_rank())
@@ -144,13 +154,13 @@ def main(run_directory: str) -> None:
             for one, two in zip(first.model.parameters(), second.model.parameters(), strict=True):
                 saved, loaded = first.optimizer.state[one][key], second.optimizer.state[two][key]
                 assert loaded.device == saved.device and loaded.dtype == saved.dtype and torch.equal(loaded, saved)
-        assert second.cache.state["rank"] == 0 and second.cache.state["table"].tolist() == list(range(8, 16))
+        first_of_node = dist.get_rank() - int(os.environ["LOCAL_RANK"])
+        assert second.cache.state["rank"] == first_of_node and second.cache.state["table"].tolist() == list(range(8, 16))
         assert torch.equal(
             second.stage.state[f"stage.{dist.get_rank()}.weight"].cpu(), torch.full((3, 5), float(dist.get_rank()))
         )
-        if dist.get_world_size() > 1:
-            check_that_copies_are_compared(first, coordinator)
-            check_that_full_takes_little_memory(device, f"{run_directory}-large")
+        check_that_copies_are_compared(first, coordinator)
+        check_that_full_takes_little_memory(device, f"{run_directory}-large")
     if dist.get_rank() == 0:
         print(f"exact: {dist.get_world_size()}", flush=True)
     dist.destroy_process_group()

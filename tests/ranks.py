@@ -209,6 +209,8 @@ def _rank_envs(nodes: Sequence[int], port: int) -> Iterator[dict[str, str]]:
                 "TORCHELASTIC_RESTART_COUNT": "0",
                 "TORCHELASTIC_RUN_ID": f"ranks-{os.getpid()}-{port}",
                 "GLOO_SOCKET_IFNAME": "lo",
+                "NCCL_SOCKET_IFNAME": "lo",
+                "NCCL_HOSTID": f"node {node}",
             }
             rank += 1
 

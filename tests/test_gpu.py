@@ -1,4 +1,4 @@
-"""On real GPUs, with NCCL: run by `pytest -m gpu`; on two GPUs where there are two, else on one."""
+"""On real GPUs, with NCCL: run by `pytest -m gpu`; two ranks, on two GPUs where there are two, else on one."""
 
 from pathlib import Path
 from unittest import mock
@@ -8,6 +8,7 @@ import torch
 
 from forgather_ckpt import device_digest, dtypes, multilinear
 from forgather_ckpt.hashtree import BLOCK_BYTES
+from tests.gpus import nodes_on_gpus
 from tests.ranks import run_ranks, values
 from tests.states import tensor_of
 from tests.torchrun import torchrun
@@ -16,9 +17,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.multiprocess]
 
 
 def test_every_pattern_is_exact_with_an_nccl_only_default_group(tmp_path: Path) -> None:
-    num_gpus = min(2, torch.cuda.device_count())
-    result = torchrun([Path(__file__).with_name("nccl_job.py"), tmp_path], nproc=num_gpus)
-    assert f"exact: {num_gpus}" in result.output, result.output
+    nodes = nodes_on_gpus(2)
+    result = torchrun([Path(__file__).with_name("nccl_job.py"), tmp_path], nproc=nodes[0], nodes=len(nodes))
+    assert "exact: 2" in result.output, result.output
 
 
 KIB, MIB = 1 << 10, 1 << 20

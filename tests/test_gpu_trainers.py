@@ -1,4 +1,4 @@
-"""The trainers on real GPUs, with NCCL: run by `pytest -m gpu`; on two GPUs where there are two, else on one."""
+"""The trainers on real GPUs, with NCCL: run by `pytest -m gpu`; ranks without a GPU of their own share one."""
 
 from __future__ import annotations
 
@@ -20,22 +20,19 @@ from tests.test_resume import digests
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multiprocess]
 
-NUM_GPUS = min(2, torch.cuda.device_count())
-
-
 def layout(kind: str, **axes: int) -> Layout:
     return Layout(kind, axes, device="cuda")
 
 
 ONE = Layout("one", device="cuda")
+DDP, FSDP, PIPELINE = layout("ddp", dp=2), layout("fsdp", shard=2), layout("pipeline", pp=2)
+TP, DP_TP, DP_PP = layout("hybrid", dp=1, tp=2), layout("hybrid", dp=2, tp=2), layout("hybrid", dp=2, pp=2)
 KINDS = [
-    layout("ddp", dp=NUM_GPUS),
-    layout("fsdp", shard=NUM_GPUS),
-    layout("fsdp", copies=NUM_GPUS, shard=1),
-    layout("pipeline", pp=NUM_GPUS),
-    layout("hybrid", dp=NUM_GPUS, tp=1),
-    layout("hybrid", dp=1, tp=NUM_GPUS),
-    layout("hybrid", dp=1, pp=NUM_GPUS),
+    *(DDP, FSDP, PIPELINE, TP, DP_TP, DP_PP),
+    layout("fsdp", copies=2, shard=1),
+    layout("fsdp", copies=2, shard=2),
+    layout("hybrid", dp=2, tp=1),
+    layout("hybrid", dp=1, pp=2),
 ]
 
 
@@ -49,7 +46,16 @@ def test_a_run_that_was_stopped_goes_on_exactly(tmp_path: Path, tmp_path_factory
     assert_goes_on(kind, tmp_path, "a stop", undisturbed_lives(tmp_path_factory)(kind))
 
 
-@pytest.mark.parametrize("kinds", [(KINDS[0], KINDS[1], ONE), (KINDS[3], KINDS[5], KINDS[1])], ids=str)
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (DDP, FSDP, ONE),
+        (PIPELINE, TP, FSDP),
+        (layout("fsdp", shard=4), FSDP, layout("ddp", dp=4)),
+        (DP_TP, layout("hybrid", dp=1, tp=4), DP_PP, PIPELINE, ONE),
+    ],
+    ids=str,
+)
 def test_another_layout_loads_the_same_bits(tmp_path: Path, kinds: tuple[Layout, ...]):
     before, _ = saved_and_read(kinds[0], tmp_path, 1)
     for life, kind in enumerate(kinds[1:], start=1):

@@ -23,6 +23,7 @@ from forgather_ckpt.data.position import GlobalPosition
 from forgather_ckpt.data.sampler import epoch_order
 from forgather_ckpt.errors import CheckpointError
 from forgather_ckpt.trainers import DDPTrainer, Trainer, TrainingArguments
+from tests.gpus import nodes_on_gpus
 from tests.ranks import Outcome, run_ranks, values
 
 pytestmark = pytest.mark.multiprocess
@@ -149,7 +150,9 @@ def live(kind: Kind, run: Path, *, hooks: tuple[Hook, ...] = (), **settings: Any
 
 
 def run(kind: Kind, case: Callable[[int, int], Any], **options: Any) -> list[Outcome]:
-    return run_ranks(kind.world_size, case, backend=kind.backend if kind.trainer is DDPTrainer else None, **options)
+    backend = kind.backend if kind.trainer is DDPTrainer else None
+    nodes = nodes_on_gpus(kind.world_size) if backend == "nccl" else None
+    return run_ranks(kind.world_size, case, backend=backend, nodes=nodes, **options)
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +212,6 @@ def fail() -> None:
     "kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.gpu) for kind in GPU_KINDS)], ids=lambda kind: kind.name
 )
 def test_b33_a_run_that_was_stopped_goes_on_exactly(tmp_path, undisturbed, kind):
-    if dict(kind.settings).get("device") == "cuda" and torch.cuda.device_count() < kind.world_size:
-        pytest.skip(f"needs {kind.world_size} devices")
-
     def first_life(rank: int, world_size: int) -> None:
         with pytest.raises(Stop):
             live(kind, tmp_path, hooks=(at_step(NUM_STEPS // 2, stop),))

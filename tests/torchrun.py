@@ -122,6 +122,7 @@ def started(
             "OMP_NUM_THREADS": "1",
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # rank 0 hosts a store of its own, at a free port
             "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo",
             **(env or {}),
             _JOB_VARIABLE: job._name,
         }

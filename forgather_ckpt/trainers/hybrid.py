@@ -19,6 +19,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -124,8 +125,13 @@ class HybridTrainer(DistributedTrainer):
         return self.mesh.get_local_rank(axis) if self.length(axis) > 1 else 0
 
     @property
-    def random_stream(self) -> int:
-        return self.place("dp") + self.length("dp") * self.place("pp")
+    def random_streams(self) -> list[int]:
+        """One for each place on dp and pp."""
+        streams = dict[int, int]()
+        for place, rank in np.ndenumerate(self.mesh.mesh.numpy()):
+            on = dict(zip(self.mesh.mesh_dim_names or (), place, strict=True))
+            streams[int(rank)] = on["dp"] + self.length("dp") * on.get("pp", 0)
+        return [streams[rank] for rank in range(self.world_size)]
 
     # The model's part
 

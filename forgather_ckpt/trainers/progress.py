@@ -23,6 +23,8 @@ class Progress:
     loss_sum: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     """Over the steps since the last log. On the training device, so that a step does not wait for it."""
     num_losses: int = 0
+    random_streams: list[int] | None = None
+    """Which random stream is each rank's, in the order of ranks; None if it was not saved."""
 
     def add_step(self, loss: torch.Tensor) -> None:
         self.step += 1
@@ -43,6 +45,7 @@ class Progress:
             "last_loss": self.last_loss.item(),
             "loss_sum": self.loss_sum.item(),
             "num_losses": self.num_losses,
+            "random_streams": self.random_streams,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -51,6 +54,7 @@ class Progress:
         self.last_loss = torch.tensor(state_dict["last_loss"])
         self.loss_sum = torch.tensor(state_dict["loss_sum"])
         self.num_losses = int(state_dict["num_losses"])
+        self.random_streams = state_dict.get("random_streams")
 
 
 @dataclass(frozen=True)

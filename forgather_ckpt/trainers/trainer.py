@@ -20,6 +20,7 @@ from forgather_ckpt.data.loader import StatefulLoader, in_groups
 from forgather_ckpt.data.position import merge_positions
 from forgather_ckpt.data.seeding import mixed_seed, seed_all
 from forgather_ckpt.differences import mismatch_error
+from forgather_ckpt.load import LoadReport
 from forgather_ckpt.manager import CheckpointManager
 from forgather_ckpt.optimizer import NamedOptimizer
 from forgather_ckpt.patterns import SharingPattern, ValidationLevel
@@ -100,7 +101,7 @@ class Trainer:
                 f"{self.loader.position.num_samples} samples do not fill one batch of "
                 f"{args.per_device_train_batch_size} on each of {self.loader.world_size} ranks"
             )
-        self.progress = Progress()
+        self.progress = Progress(random_streams=self.random_streams)
         self.total_steps = self.count_total_steps()
         self.optimizer = optimizer or self.create_optimizer()
         self.lr_scheduler = lr_scheduler or self.create_scheduler(self.optimizer)
@@ -237,14 +238,24 @@ class Trainer:
         report = manager.resumed
         if report is None:
             return None
-        if "rng" in report.skipped:
-            # Streams of another world size: begin new ones, and not those that the run began with.
-            seed_all(mixed_seed(self.args.seed, self.random_stream, self.progress.step))
+        self.resume_random_streams(manager, report)
         self.total_steps = self.count_total_steps()
         self.state.resumed_from = report.path
         if self.rank == 0:
             logger.info("resumed from %s at step %d", report.path, self.progress.step)
         return report.path
+
+    def resume_random_streams(self, manager: CheckpointManager, report: LoadReport) -> None:
+        """Begin new streams, not those that the run began with, where the checkpoint's are not for these ranks: in another
+        world size, or where other ranks than before are to draw alike, as along tensor parallelism."""
+        saved, self.progress.random_streams = self.progress.random_streams, self.random_streams
+        if "rng" in report.loaded and saved not in (None, self.random_streams):
+            reason = "starts fresh: other ranks drew alike where it was saved"
+            report = manager.resumed = report.without("rng", reason)
+            if self.rank == 0:
+                logger.warning("component 'rng' was not loaded: %s", reason)
+        if "rng" in report.skipped:
+            seed_all(mixed_seed(self.args.seed, self.random_stream, self.progress.step))
 
     def validate_replication(self, manager: CheckpointManager) -> None:
         """Compare the ranks' copies of what they share; what differs ends the training, or is told."""
@@ -585,9 +596,13 @@ class Trainer:
         return nullcontext()
 
     @property
+    def random_streams(self) -> list[int]:
+        """Which random stream is each rank's, in the order of ranks. Ranks that compute the same thing draw from one."""
+        return list(range(self.world_size))
+
+    @property
     def random_stream(self) -> int:
-        """Which of the job's random streams is this rank's. Ranks that compute the same thing draw from the same one."""
-        return self.rank
+        return self.random_streams[self.rank]
 
     def combine_gradients(self) -> None:
         """Between the last backward pass of a step and the optimizer."""
