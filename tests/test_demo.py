@@ -169,11 +169,14 @@ def test_a_rank_that_is_killed_in_mid_save_changes_nothing(tmp_path):
     assert [one for one in found if "dataset" not in one] == []
 
 
+@pytest.mark.parametrize(
+    "device", [["--device=cpu"], pytest.param(["--device=cuda:0", "--backend=gloo"], marks=pytest.mark.gpu)], ids=str
+)
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_run_whose_learning_rate_is_raised_a_hundredfold_ends_by_itself_and_its_best_are_there(tmp_path):
+def test_a_run_whose_learning_rate_is_raised_a_hundredfold_ends_by_itself_and_its_best_are_there(tmp_path, device):
     """In the size of the quickstart: evaluated every 5 steps, spoiled after step 30."""
-    flags = ["--device=cpu", "--save-steps=10", "--eval-steps=5", "--preserve-n-best=2", "--save-total-limit=1"]
+    flags = [*device, "--save-steps=10", "--eval-steps=5", "--preserve-n-best=2", "--save-total-limit=1"]
     flags += ["--spoil-at=30", "--output-dir", str(tmp_path)]
     result = torchrun(["-m", "forgather_ckpt.demo", *flags], 2)
     assert result.returncode == 0, result.output

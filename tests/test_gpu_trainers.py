@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from forgather_ckpt import CheckpointCoordinator, SharingPattern, StateComponent, catalog, comparison, device_digest
 from forgather_ckpt.sharded import local_part
+from forgather_ckpt.trainers import Trainer
 from tests.components import Box, refusal, the_same
-from tests.layouts import Layout, assert_goes_on, saved_and_read, undisturbed_lives
+from tests.layouts import Layout, assert_goes_on, live, saved_and_read, undisturbed_lives
 from tests.ranks import run_ranks, values
-from tests.test_resume import digests
+from tests.test_evaluation import trained
+from tests.test_resume import NUM_STEPS, assert_continues, digests
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multiprocess]
 
@@ -62,6 +66,32 @@ def test_another_layout_loads_the_same_bits(tmp_path: Path, kinds: tuple[Layout,
         loaded, _ = saved_and_read(kind, tmp_path, life)
         assert digests(loaded) == digests(before)
         before, _ = saved_and_read(kind, tmp_path, life + 1)
+
+
+@pytest.mark.parametrize("kind", [ONE, DDP, FSDP, PIPELINE, DP_TP, DP_PP], ids=str)
+def test_training_is_the_same_to_the_bit_with_and_without_evaluations(tmp_path: Path, kind: Layout):
+    without = kind.run(lambda: trained(kind, tmp_path, every=None))
+    evaluated = kind.run(lambda: trained(kind, tmp_path, every=1))
+    assert [rank[:2] for rank in evaluated] == [rank[:2] for rank in without]
+    metrics = evaluated[0][2]
+    assert [step for step, _ in metrics] == [1, 2, 3, 4, 5]
+    assert all(rank[2] == metrics for rank in evaluated)
+
+
+@pytest.mark.parametrize("kind", [ONE, DDP, FSDP, PIPELINE, DP_TP], ids=str)
+def test_a_signal_to_one_rank_leaves_an_emergency_checkpoint_and_the_run_goes_on_exactly(
+    tmp_path: Path, tmp_path_factory: Any, kind: Layout
+):
+    def terminate_the_last(trainer: Trainer) -> None:
+        if trainer.progress.step == 5 and trainer.rank == kind.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    kind.run(lambda: live(kind, tmp_path, [terminate_the_last]))
+    newest = catalog.scan(tmp_path).checkpoints[0].manifest
+    assert newest.kind == "emergency"
+    assert 5 <= newest.step < NUM_STEPS
+    resumed = kind.run(lambda: live(kind, tmp_path))
+    assert_continues(resumed, undisturbed_lives(tmp_path_factory)(kind), from_step=newest.step)
 
 
 # ---- parts on a device; two ranks may share one, and then speak gloo
