@@ -17,8 +17,9 @@ from forgather_ckpt.replication import Verdict, vote
 from forgather_ckpt.structure import TensorItem
 from forgather_ckpt.topology import Ranks
 
-CHUNK_BYTES = 64 << 20
-"""What is sent at once. A rank needs so much memory for each that is under way, and once more to compare."""
+CHUNK_BYTES = 60 << 20
+"""What is sent at once. A rank needs so much memory for each that is under way, once more to compare, and once more to put
+together what is not contiguous: with what is noted of each chunk, all within 256 MiB."""
 _IN_FLIGHT = 2
 _ALONE_BYTES = 1 << 20
 """From host memory, where copies are slow, a part of a tensor so large is sent from where it lies."""

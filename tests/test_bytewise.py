@@ -88,8 +88,11 @@ def test_slots_are_told_as_parts_of_the_tensors_that_lie_in_them() -> None:
 
 
 def test_what_a_rank_needs_on_top_is_bounded() -> None:
-    under_way, own, flags = bytewise._IN_FLIGHT * bytewise.CHUNK_BYTES, bytewise.CHUNK_BYTES, bytewise.CHUNK_BYTES // 8
+    """Of a tebibyte, none of it contiguous: what is put together is there twice, and a flag a slot is kept."""
+    chunk = bytewise.CHUNK_BYTES
+    under_way, own, flags = bytewise._IN_FLIGHT * chunk, 2 * chunk, (1 << 40) // bytewise._SLOT_BYTES
     assert under_way + own + flags <= 256 << 20
+    assert under_way + chunk + chunk // 8 + flags <= 256 << 20
 
 
 def test_blocks_of_a_segment() -> None:

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.multiprocess]
 
 def test_every_pattern_is_exact_with_an_nccl_only_default_group(tmp_path: Path) -> None:
     nodes = nodes_on_gpus(2)
-    result = torchrun([Path(__file__).with_name("nccl_job.py"), tmp_path], nproc=nodes[0], nodes=len(nodes))
+    result = torchrun([Path(__file__).with_name("nccl_job.py"), tmp_path], nproc=nodes[0], nodes=len(nodes), timeout=90)
     assert "exact: 2" in result.output, result.output
 
 

@@ -21,6 +21,7 @@ from forgather_ckpt import figures
 from forgather_ckpt.callbacks import ProgressBar
 from forgather_ckpt.callbacks.memory_growth import BASELINE_STEP, MemoryGrowth, bytes_in_use
 from forgather_ckpt.callbacks.step_times import StepTimes
+from tests.ranks import run_ranks, values
 from tests.training_events import Events
 
 
@@ -248,8 +249,13 @@ def test_memory_is_that_of_this_process() -> None:
 
 @pytest.mark.gpu
 def test_memory_is_that_of_tensors_where_cuda_is_used() -> None:
-    held = torch.zeros(100_000_000, dtype=torch.uint8, device="cuda")
-    assert bytes_in_use() == torch.cuda.memory_allocated() >= held.nbytes
+    """In a process of its own: this one shall not use CUDA (tests/ranks.py)."""
+
+    def case(rank: int, world_size: int) -> None:
+        held = torch.zeros(100_000_000, dtype=torch.uint8, device="cuda")
+        assert bytes_in_use() == torch.cuda.memory_allocated() >= held.nbytes
+
+    values(run_ranks(1, case, backend=None))
 
 
 # ---- on a terminal
