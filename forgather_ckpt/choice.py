@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from forgather_ckpt import catalog, files, paths, pruning, resume, retention
@@ -64,14 +64,18 @@ def _without(chosen: list[Checkpoint], avoid: Collection[str], run: Path) -> lis
     return left
 
 
-def chosen_of(found: Catalog, which: str | int | None) -> list[Checkpoint]:
-    """The checkpoints of a run directory to try, in order, as `resume.choose` has it, or `CheckpointNotFound`."""
+def chosen_of(found: Catalog, which: str | int | None, *, ranked: Sequence[Path] | None = None) -> list[Checkpoint]:
+    """The checkpoints of a run directory to try, in order, as `resume.choose` has it, or `CheckpointNotFound`.
+
+    `ranked`: the best first; by default as `ranking` says.
+    """
     by_path = {checkpoint.path: checkpoint for checkpoint in found.checkpoints}
-    in_order = [by_path[path] for path in _ranked(found)] if resume.is_by_rank(which) else []
+    if ranked is None:
+        ranked = _ranked(found) if resume.is_by_rank(which) else []
     chosen = resume.choose(
         [checkpoint.candidate for checkpoint in found.checkpoints],
         which,
-        ranked=[checkpoint.candidate for checkpoint in in_order],
+        ranked=[by_path[path].candidate for path in ranked],
     )
     return [by_path[one.path] for one in chosen]
 

@@ -150,6 +150,26 @@ class Comm:
                     return
                 time.sleep(0.001)
 
+    def say_goodbye(self) -> None:
+        """This rank's process may end from now on: that is no death."""
+        with suppress(dist.DistError):
+            self._store.set(f"goodbye/{self.rank}", "1")
+
+    def ranks_that_died(self) -> list[int]:
+        """Those that have ended without a goodbye; found by a rank that waits up to the grace for the others to do either."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        pending = [rank for rank in range(self.world_size) if rank != self.rank]
+        with suppress(dist.DistError):
+            while True:
+                pending = [rank for rank in pending if not self._store.check([f"goodbye/{rank}"])]
+                if (dead := [rank for rank in pending if self._is_dead(rank)]) or not pending:
+                    # who said goodbye and ended between the two questions is not dead
+                    return [rank for rank in dead if not self._store.check([f"goodbye/{rank}"])]
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(_MAX_POLL_SECONDS)
+        return []
+
     def _has_heard(self, rank: int, prefix: bytes) -> bool:
         key = f"heard/{rank}"
         return self._store.check([key]) and self._store.get(key) == prefix

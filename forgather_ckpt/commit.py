@@ -8,19 +8,23 @@ The order, of which each step makes the next one safe (DESIGN invariants 1-3):
 
 A checkpoint of the same step is replaced by exchanging the two directories in one step. Where the file system
 refuses that, the old one is renamed to `checkpoint-<step>.replaced-<nonce>`, where the catalog still finds it,
-then the new one takes the name, then the old one is discarded: at every instant one of the two is there.
+then the new one takes the name, then the old one is discarded: at every instant one of the two is there. What is pinned
+or quarantined is never discarded: it keeps a name of its own, `checkpoint-<step>.kept-<sequence>`.
 """
 
 import contextlib
+import logging
 import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from forgather_ckpt import files, paths
+from forgather_ckpt import annotations, files, paths
 from forgather_ckpt.catalog import read_checkpoint, scan
 from forgather_ckpt.errors import CheckpointError, StorageError
 from forgather_ckpt.manifest import CheckpointManifest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,12 @@ def _take_name(draft: Draft) -> Path | None:
     if not draft.final.exists():
         draft.directory.rename(draft.final)
         return None
+    if (kept := _name_to_keep(draft)) is not None:
+        draft.final.rename(kept)
+        files.sync_directory(draft.run)
+        draft.directory.rename(draft.final)
+        logger.warning("%s is pinned or quarantined: it stays, as %s, beside the new one of its step", draft.final, kept)
+        return None
     if files.exchange(draft.directory, draft.final):
         return draft.directory
     old = draft.run / paths.replaced(draft.step, draft.nonce)
@@ -89,6 +99,19 @@ def _take_name(draft: Draft) -> Path | None:
     files.sync_directory(draft.run)
     draft.directory.rename(draft.final)
     return old
+
+
+def _name_to_keep(draft: Draft) -> Path | None:
+    """Where the checkpoint that has the draft's final name goes if it is to stay; None if it may be replaced."""
+    try:
+        found = read_checkpoint(draft.final)
+    except CheckpointError:
+        return None
+    with contextlib.suppress(CheckpointError):  # what cannot be read may say that it is pinned
+        noted = annotations.load(found.path, found.manifest.digest)
+        if not noted.is_pinned and noted.quarantined is None:
+            return None
+    return draft.run / paths.kept(draft.step, found.manifest.sequence)
 
 
 def abandon(draft: Draft) -> None:

@@ -267,8 +267,14 @@ class CheckpointCoordinator:
         """Inside the work of `agree`, or its decision: tell the others, who wait for this rank, that it is at work."""
         self._job.comm.beat()
 
+    def ranks_that_died(self) -> list[int]:
+        """After an error that may come of it: those whose processes have ended without closing their coordinators. Of other
+        nodes it is known only once a rank there has noticed. Waits a little, as the end of a process takes its time."""
+        return self._job.comm.ranks_that_died()
+
     def close(self) -> None:
         """Give the run directory back to other jobs. A second call does nothing."""
+        self._job.comm.say_goodbye()
         self._job.channels.close()
         self._job.comm.wait_until_heard()
         if self._lease is not None:

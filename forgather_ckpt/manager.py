@@ -15,11 +15,12 @@ from forgather_ckpt.control import NOTHING, Pace, Wishes, merged, refuse_unlike
 from forgather_ckpt.coordinator import CheckpointCoordinator
 from forgather_ckpt.declarations import Source
 from forgather_ckpt.deleter import Deleter
-from forgather_ckpt.errors import CheckpointNotFound, DeclarationError, RankTimeout, StorageError
+from forgather_ckpt.errors import CheckpointError, CheckpointNotFound, DeclarationError, RankTimeout, StorageError
 from forgather_ckpt.load import LoadReport
 from forgather_ckpt.manifest import CheckpointManifest
 from forgather_ckpt.metrics import as_number
 from forgather_ckpt.policies import Best, Policy, Stored, parts
+from forgather_ckpt.resume import is_by_rank
 from forgather_ckpt.retention import Protected, best_checkpoints_summary, countable, from_arguments
 from forgather_ckpt.run_clock import RunClock, SaveCosts
 from forgather_ckpt.signals import STOP_SIGNALS, SignalGuard, exit_code, signal_numbers
@@ -153,9 +154,16 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not isinstance(error, RankTimeout):  # of a rank that died, this one is left to tell
+        if self._is_on_trial and not self._is_of_a_death(error):
             self._end_trial()
         self.close()
+
+    def _is_of_a_death(self, error: BaseException | None) -> bool:
+        """Whether another rank died, and this one is left to tell. Torch's own exchanges fail without saying why."""
+        if isinstance(error, RankTimeout):
+            return True
+        is_torchs = isinstance(error, RuntimeError) and not isinstance(error, CheckpointError)
+        return is_torchs and bool(self.coordinator.ranks_that_died())
 
     def close(self) -> None:
         """Give the run directory and the signals back. A second call does nothing."""
@@ -181,8 +189,8 @@ class CheckpointManager:
         if which is False:
             self._tell_fresh_start()
             return 0
-        if which == "best" and self._bests:
-            which = self.coordinator.agree("choosing the best", lambda: None, lambda _: self._path_of_best())
+        if isinstance(which, str) and is_by_rank(which) and self._bests:
+            which = self.coordinator.agree("choosing the best", lambda: None, lambda _: self._path_of_best(str(which)))
         is_newest = which is True or which in ("latest", "auto")
         avoid: Sequence[str] = self._exhausted() if is_newest else ()
         try:
@@ -200,8 +208,12 @@ class CheckpointManager:
                 ) from err
             raise
         self.resumed = report
-        self.last_step, self.last_path = report.step, report.path
+        is_own = self.coordinator.agree(
+            "comparing run directories", lambda: None, lambda _: report.path.parent.resolve() == self.run.resolve()
+        )
+        self.last_step, self.last_path = report.step if is_own else None, report.path
         self._clock.begin(report.elapsed_seconds or 0.0)
+        self._pace.next_step = report.step
         return report.step
 
     def _choose_start(self, asked: Sequence[Mapping[str, str]]) -> prompt.Answer | None:
@@ -231,15 +243,17 @@ class CheckpointManager:
                 found[0].step,
             )
 
-    def _path_of_best(self) -> str:
-        """Rank 0: of the best checkpoint by the policy of this job."""
-        best = self._bests[0]
-        for one, _ in best.ranked(countable(pruning.survey(catalog.scan(self.run)))):
-            return str(one.path)
-        raise CheckpointNotFound(
-            f"{self.run} has no best checkpoint: none has a finite {best.metric!r}; name another one, 'latest' or a step",
-            path=str(self.run),
-        )
+    def _path_of_best(self, which: str) -> str:
+        """Rank 0: of the best checkpoint, or the next best, by the policy of this job."""
+        best, found = self._bests[0], catalog.scan(self.run)
+        ranked = [one.path for one, _ in best.ranked(countable(pruning.survey(found)))]
+        if not ranked:
+            raise CheckpointNotFound(
+                f"{self.run} has no best checkpoint: none has a finite {best.metric!r}; name another one, 'latest' or a "
+                "step",
+                path=str(self.run),
+            )
+        return str(choice.chosen_of(found, which, ranked=ranked)[0].path)
 
     def _while_waiting(self) -> None:
         """While the person takes their time: the other ranks hear that this one is alive, and Ctrl-C is obeyed."""
@@ -315,9 +329,13 @@ class CheckpointManager:
 
     def finish(self, step: int, *, epoch: float | None = None, metrics: Mapping[str, Any] | None = None) -> None:
         """At the end of the training: its last checkpoint, unless it was aborted, by a wish of its last steps too."""
-        self.agree(step, must=True)
-        if self.schedule.at_end and not self.ending.abort:
+        if self.saves_at_end(self.agree(step, must=True)):
             self.save(step, epoch=epoch, metrics=metrics, kind=self.kind_of_last)
+
+    def saves_at_end(self, agreed: Wishes) -> bool:
+        """Whether the training ends with a checkpoint, of what the ranks have agreed on after its last step."""
+        is_wanted = self.schedule.at_end or agreed.save or self.ending.signal is not None
+        return is_wanted and not self.ending.abort
 
     @property
     def kind_of_last(self) -> str:
@@ -348,6 +366,10 @@ class CheckpointManager:
                     "training ends at step %d: %s", step, "; ".join(agreed.reasons) or "a callback asked for it"
                 )
         return agreed
+
+    def postpone(self, agreed: Wishes) -> None:
+        """Wish at the next look once more for what could not be done at this one."""
+        self._pending |= Wishes(save=agreed.save, log=agreed.log, end_epoch=agreed.end_epoch)
 
     def _take_wishes(self) -> Wishes:
         own, self._pending = self._pending, Wishes()
@@ -389,6 +411,8 @@ class CheckpointManager:
                 step, epoch=epoch, metrics=metrics, kind=kind, elapsed_seconds=self._clock.elapsed_seconds
             )
         except StorageError as err:
+            if self.rank == 0:
+                self._prune()  # what an earlier policy has kept may be what there is no room for
             if self._on_storage_error == "error" or kind in ("final", "emergency"):
                 raise
             if self.rank == 0:
@@ -409,8 +433,7 @@ class CheckpointManager:
         if kind == "emergency":
             note = "; ".join(self.ending.reasons)
             annotations.annotate(path, lambda noted: replace(noted, notes=(*noted.notes, note)))
-        protected = Protected(resumed_from=None if self.resumed is None else self.resumed.digest)
-        pruned = pruning.prune(self.run, self.policy, protected, delete=self._deleter.delete)
+        pruned = self._prune()
         kept = [verdict.checkpoint for verdict in pruned.verdicts if verdict.keep]
         self._tell_best(path, kept)
         self._tell_space(pruned)
@@ -421,6 +444,11 @@ class CheckpointManager:
                 "signal (grace_seconds): an emergency checkpoint would be lost. Ask the launcher for more, as with torchrun "
                 "--shutdown-timeout, terminationGracePeriodSeconds of Kubernetes, #SBATCH --signal; see docs/preemption.md",
             )
+
+    def _prune(self) -> pruning.Pruned:
+        """Rank 0: remove what the policy does not keep."""
+        protected = Protected(resumed_from=None if self.resumed is None else self.resumed.digest)
+        return pruning.prune(self.run, self.policy, protected, delete=self._deleter.delete)
 
     def _tell_best(self, path: Path, kept: Sequence[Stored]) -> None:
         for best in self._bests:

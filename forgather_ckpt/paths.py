@@ -41,6 +41,11 @@ def replaced(step: int, nonce: str) -> str:
     return f"{checkpoint(step)}.replaced-{nonce}"
 
 
+def kept(step: int, sequence: int) -> str:
+    """Of one that is pinned or quarantined, once its step has been saved again: no name that a save gives."""
+    return f"{checkpoint(step)}.kept-{sequence}"
+
+
 def trash(name: str, nonce: str) -> str:
     return f"{TRASH_PREFIX}{name}-{nonce}"
 

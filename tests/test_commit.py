@@ -7,8 +7,20 @@ import os
 import pytest
 import torch
 
-from forgather_ckpt import CheckpointCoordinator, SharingPattern, StateComponent, catalog, commit, files, paths
+from forgather_ckpt import (
+    CheckpointCoordinator,
+    SharingPattern,
+    StateComponent,
+    annotations,
+    catalog,
+    commit,
+    files,
+    paths,
+    pruning,
+)
 from forgather_ckpt.errors import FormatError, NoSpace, StorageError
+from forgather_ckpt.policies import Latest
+from forgather_ckpt.retention import Protected
 from tests.checkpoints import commit_one, contents, fill, tree
 from tests.components import Box
 from tests.system_calls import watched
@@ -142,6 +154,32 @@ def test_b28_a_replaced_checkpoint_leaves_nothing_behind(tmp_path, monkeypatch, 
     assert tree(tmp_path).keys() == {
         "checkpoint-5", f"checkpoint-5/{paths.MANIFEST}", "checkpoint-5/model.safetensors",
     }  # fmt: skip
+
+
+@EXCHANGES
+@pytest.mark.parametrize("noted", ["pinned", "quarantined", "unreadable"])
+def test_what_is_pinned_or_quarantined_stays_beside_the_new_one_of_its_step(tmp_path, monkeypatch, exchange, noted):
+    monkeypatch.setattr(files, "exchange", exchange)
+    old = commit_one(tmp_path, 5, b"old")
+    sequence = catalog.read_checkpoint(old).manifest.sequence
+    if noted == "unreadable":
+        (old / paths.ANNOTATIONS).write_bytes(b"{")
+    else:
+        annotations.annotate(
+            old,
+            lambda one: dataclasses.replace(
+                one, is_pinned=noted == "pinned", quarantined="odd" if noted != "pinned" else None
+            ),
+        )
+    commit_one(tmp_path, 5, b"new")
+    commit_one(tmp_path, 5, b"newer")
+    kept = tmp_path / f"checkpoint-5.kept-{sequence}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", kept.name]
+    assert contents(tmp_path) == [b"newer", b"old"]
+    assert commit_one(tmp_path, 6, b"next")
+    pruned = pruning.prune(tmp_path, Latest(1), Protected())
+    assert [path.name for path in pruned.removed] == ["checkpoint-5"]
+    assert (kept / paths.ANNOTATIONS).exists()
 
 
 @EXCHANGES

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from forgather_ckpt import catalog, trainers
+from forgather_ckpt.data import SeededItems
 from forgather_ckpt.trainers import DDPTrainer, FSDPTrainer, Trainer
 from forgather_ckpt.trainers.evaluation import EvaluationBatches
 from tests.layouts import Layout, Net, local, states
@@ -58,7 +59,9 @@ def trained(layout: Layout, directory: Path, *, every: int | None) -> Any:
     options = {} if every is None else {"eval_dataset": functools.partial(Fixed, 37), "eval_steps": every}
     trainer = layout.trainer(seeded(Net), directory, save_strategy="no", max_steps=5, callbacks=[diary], **options)
     trainer.train()
-    return [(step, loss.hex()) for step, loss in trainer.history], digests(local(states(trainer))), diary.metrics
+    reached = digests(local(states(trainer)))
+    assert reached.pop("/trainer/evaluated_step") == repr(-1 if every is None else 5)
+    return [(step, loss.hex()) for step, loss in trainer.history], reached, diary.metrics
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout}-{layout.settings.get('schedule', '')}")
@@ -111,6 +114,25 @@ def test_other_sizes_are_refused_where_stages_exchange_tensors_of_one_size(tmp_p
 
     for error in errors(layout.outcomes(case)):
         assert "per_device_eval_batch_size must be that of training, or None" in error.message
+
+
+@pytest.mark.parametrize("layout", [Layout("pipeline", {"pp": 2}), Layout("hybrid", {"dp": 1, "pp": 2})], ids=str)
+@pytest.mark.parametrize("random", ["training", "evaluation"])
+@pytest.mark.parametrize("first", ["training", "evaluation"])
+def test_stages_that_read_other_samples_are_refused_whatever_came_before(tmp_path, layout, random, first):
+    """Data that draws random numbers is another on each stage, of which the first reads inputs and the last targets."""
+    data = {name: Sentences() if name == random else SeededItems(Sentences()) for name in ("training", "evaluation")}
+
+    def case() -> None:
+        trainer = layout.trainer(
+            seeded(Net), tmp_path, data["training"], eval_dataset=data["evaluation"], eval_steps=2, max_steps=2
+        )
+        if first == "evaluation":
+            trainer.evaluate()
+        trainer.train()
+
+    for error in errors(layout.outcomes(case)):
+        assert "read another batch than rank 0" in error.message
 
 
 def test_at_most_so_many_batches_of_each_rank_are_read(tmp_path):

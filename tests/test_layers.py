@@ -26,7 +26,8 @@ LAYERS = [
     # the file system
     ("files", "liveness", "launch"),
     ("lease", "catalog", "environment", "callbacks", "resume_command"),
-    ("commit", "verify", "digest_log", "annotations", "attempts"),
+    ("verify", "digest_log", "annotations", "attempts"),
+    ("commit",),
     ("divergence", "digest_writer", "pruning", "space"),
     ("choice", "requests", "deleter"),
     ("cli",),

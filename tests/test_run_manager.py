@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy
 import pytest
@@ -805,11 +806,85 @@ def test_best_is_by_the_policy_of_the_job(tmp_path):
     components = [StateComponent("counter", counter, SharingPattern.REPLICATED)]
     with CheckpointManager(components, tmp_path, policy=policy) as manager:
         assert (manager.resume("best"), counter.items["count"]) == (4, 4)
+    loop(tmp_path / "more", 12, policy=Latest(4))
+    with CheckpointManager(components, tmp_path / "more", policy=Best(1, "loss", "max")) as manager:
+        assert [manager.resume(which) for which in ("best", "best~1", "best~2")] == [4, 8, 12]
     with (
         CheckpointManager(components, tmp_path, policy=Best(1, "score")) as manager,
         pytest.raises(CheckpointNotFound, match="none has a finite 'score'"),
     ):
         manager.resume("best")
+
+
+@pytest.mark.parametrize("control_steps", [10, None])
+def test_after_a_rollback_the_ranks_look_at_wishes_as_soon_as_ever(tmp_path, control_steps):
+    counter = StateComponent("counter", Box({"count": 0}), SharingPattern.REPLICATED)
+    with CheckpointManager(
+        [counter], tmp_path, schedule=SaveSchedule(steps=1000), control_steps=control_steps
+    ) as manager:
+        manager.save(5)
+        for step in range(6, 900):
+            manager.after_step(step)
+        assert manager.resume(5) == 5
+        os.kill(os.getpid(), signal.SIGTERM)
+        ended = next(step for step in range(6, 900) if manager.after_step(step))
+    assert ended <= 5 + 50
+
+
+def test_a_step_of_another_run_is_not_saved_here(tmp_path):
+    """At which this one ends at once; nor are metrics noted on what happens to be here of that step."""
+    other, own = tmp_path / "other", tmp_path / "own"
+    for run in (other, own):
+        trainer_of(Trainer, run, max_steps=4).train()
+    path = str(other / "checkpoint-4")
+    trainer_of(Trainer, tmp_path / "new", max_steps=4, resume_from_checkpoint=path).train()
+    assert kept(tmp_path / "new") == [(4, "final")]
+    evaluated = {"eval_dataset": Noise(8), "callbacks": [AskAt({4: "should_evaluate"}, event="on_train_begin")]}
+    trainer_of(Trainer, own, max_steps=6, save_steps=100, resume_from_checkpoint=path, **evaluated).train()
+    assert not (own / "checkpoint-4" / "annotations.json").exists()
+    assert not (other / "checkpoint-4" / "annotations.json").exists()
+
+
+@pytest.mark.parametrize("ending", ["dies", "raises"])
+def test_a_checkpoint_on_which_another_rank_dies_each_time_is_given_up_and_one_on_which_it_raises_is_not(
+    tmp_path, ending
+):
+    train(tmp_path, max_steps=8)
+
+    def case(rank: int, world_size: int) -> Any:
+        def end(trainer: Trainer, *_: Any) -> Any:
+            if rank == 1 and ending == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if rank == 1:
+                raise KeyError("a bug")
+
+        trainer = trainer_of(DDPTrainer, tmp_path)
+        step_of = trainer.training_step
+
+        def training_step(batches: Any) -> Any:
+            assert trainer.state.resumed_from is not None
+            if trainer.state.resumed_from.name == "checkpoint-8":
+                end(trainer)
+            return step_of(batches)
+
+        with mock.patch.object(trainer, "training_step", training_step):
+            return trainer.train().resumed_from
+
+    for _ in range(3):
+        outcomes = run_ranks(NUM_RANKS, case, expect_dead=[1] if ending == "dies" else [])
+        assert all(outcome.is_dead or outcome.error is not None for outcome in outcomes)
+    outcomes = run_ranks(NUM_RANKS, case)
+    if ending == "dies":
+        assert same_on_all(outcomes) == tmp_path / "checkpoint-4"
+    else:
+        assert all(outcome.error is not None for outcome in outcomes)
+
+
+def test_a_policy_that_keeps_less_makes_room_on_a_full_disk(tmp_path, monkeypatch):
+    trainer_of(Trainer, tmp_path, max_steps=12, save_steps=2).train()
+    hook = full_at(monkeypatch, 14)
+    trainer_of(Trainer, tmp_path, max_steps=15, save_steps=14, save_total_limit=2, on_step_end=[hook]).train()
+    assert [step for step, _ in kept(tmp_path)] == [12, 15], "12 is what it went on from"
 
 
 # ---- signals

@@ -104,7 +104,7 @@ class AccelTrainer(ReplicatedTrainer):
         # Not `step_was_skipped`, which is False for fused optimizers: their own kernel skips the step.
         if self.scaler.get_scale() >= scale:
             self.lr_scheduler.step()
-        self.accelerated.zero_grad()
+        self.forget_gradients(self.accelerated)
 
     def reduce_loss(self, loss: torch.Tensor) -> torch.Tensor:
         mean: torch.Tensor = self.accelerator.reduce(loss, reduction="mean")

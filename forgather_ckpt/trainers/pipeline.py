@@ -109,6 +109,7 @@ class PipelineTrainer(DistributedTrainer):
         stages = [self._parts[sum(sizes[:number]) : sum(sizes[: number + 1])] for number in range(len(sizes))]
         cut = Cut(model, stages, ranks)
         self._outline: Outline | None = Outline(cut, self.device)
+        self._compared: set[str] = set()
         share = self.parallelize(cut.share(group.rank()).to(self.device))
         parameters = dict(share.named_parameters())
         self.stages = {
@@ -231,15 +232,19 @@ class PipelineTrainer(DistributedTrainer):
     def training_step(self, batches: Sequence[Batch]) -> torch.Tensor:
         """One optimizer step over one list of micro-batches; its mean loss where the last stage is, else zero."""
         [micro_batches] = batches
-        self._prepare(micro_batches)
+        self._prepare(micro_batches, "training")
         loss = self._run(self._pipeline.step, micro_batches)
         self.combine_gradients()
         self.apply_gradients()
         return loss
 
-    def _prepare(self, micro_batches: Sequence[Batch]) -> None:
-        """Make the schedule, the first time, and refuse micro-batches that do not go through it."""
+    def _prepare(self, micro_batches: Sequence[Batch], what: str) -> None:
+        """Make the schedule, the first time, and refuse micro-batches that do not go through it. The first ones of each
+        dataset are compared among the stages."""
         shapes = [shapes_of(batch) for batch in micro_batches]
+        if what not in self._compared:
+            self._refuse_unlike_batches(micro_batches)
+            self._compared.add(what)
         if self._pipeline is None:
             self._shapes = shapes[0]
             self._pipeline = self._begin(micro_batches)
@@ -305,7 +310,7 @@ class PipelineTrainer(DistributedTrainer):
         assert self._evaluation is not None
         total, weight = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for micro_batches, num_samples in self._evaluation:
-            self._prepare(micro_batches)
+            self._prepare(micro_batches, "evaluation")
             total += self._run(self._pipeline.eval, micro_batches) * num_samples
             weight += num_samples
         is_last = self.num_stages - 1 in self.stages
@@ -313,7 +318,6 @@ class PipelineTrainer(DistributedTrainer):
 
     def _begin(self, micro_batches: Sequence[Batch]) -> Any:
         """The schedule of this run, once there is a batch from which the shapes follow that stages exchange."""
-        self._refuse_unlike_batches(micro_batches)
         assert self._outline is not None
         with torch.enable_grad():  # an evaluation may come before the first step
             handed = self._outline.handed_on(micro_batches[0], self.precision)

@@ -23,6 +23,8 @@ class Progress:
     loss_sum: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     """Over the steps since the last log. On the training device, so that a step does not wait for it."""
     num_losses: int = 0
+    evaluated_step: int | None = -1
+    """At which the callbacks were last told of an evaluation, -1 for none; None if it was not saved."""
     random_streams: list[int] | None = None
     """Which random stream is each rank's, in the order of ranks; None if it was not saved."""
 
@@ -45,6 +47,7 @@ class Progress:
             "last_loss": self.last_loss.item(),
             "loss_sum": self.loss_sum.item(),
             "num_losses": self.num_losses,
+            "evaluated_step": self.evaluated_step,
             "random_streams": self.random_streams,
         }
 
@@ -54,6 +57,7 @@ class Progress:
         self.last_loss = torch.tensor(state_dict["last_loss"])
         self.loss_sum = torch.tensor(state_dict["loss_sum"])
         self.num_losses = int(state_dict["num_losses"])
+        self.evaluated_step = state_dict.get("evaluated_step")
         self.random_streams = state_dict.get("random_streams")
 
 

@@ -167,67 +167,93 @@ class Trainer:
     def run(self, manager: CheckpointManager) -> None:
         """The loop over epochs and steps, until the training is finished or the ranks have agreed to end it."""
         self.wrapped.train()
-        manager.agree(
-            self.progress.step, self.events.take_wishes(), must=True
-        )  # a signal in the load, a wish at the start
+        self.begin(manager)
         while not self.is_over(manager):
-            self.tell(manager, "on_epoch_begin")
-            for batches in in_groups(self.loader, self.batches_per_step):
-                self.tell(manager, "on_step_begin")
-                loss = self.training_step(batches)
-                if not isinstance(loss, torch.Tensor):
-                    raise TypeError(
-                        f"{type(self).__name__}.training_step returned {loss!r}; return this rank's mean loss, a tensor"
-                    )
-                self.finish_step(self.reduce_loss(loss))
-                manager.step_done()
-                if self.after_step(manager) or self.is_over(manager):
-                    break
-            else:
-                self.progress.epoch += 1
-                self.after_epoch(manager)
+            self.run_epoch(manager)
         agreed = manager.agree(self.progress.step, self.events.take_wishes(), must=True)  # of the last steps
         if agreed.evaluate and self.can_evaluate and not agreed.abort:
-            self.evaluate_and_tell(manager)
-        if manager.schedule.at_end and not manager.ending.abort:
+            agreed |= self.evaluate_and_tell(manager)
+        if manager.saves_at_end(agreed):
             self.save(manager, manager.kind_of_last)
+
+    def begin(self, manager: CheckpointManager) -> None:
+        """Before the first step: what was wished at the start and in the load, and the evaluation that a signal has
+        kept from the steps before. There is nothing to save yet: that is done after the first step."""
+        step = self.progress.step
+        agreed = manager.agree(step, self.events.take_wishes(), must=True)
+        is_owed = (
+            manager.resumed is not None
+            and self.progress.evaluated_step not in (None, step)
+            and self.is_evaluation_due(ends_epoch=step > 0 and self.loader.position.samples == 0)
+        )
+        if self.can_evaluate and (is_owed or agreed.evaluate) and not agreed.ends_training:
+            agreed |= self.evaluate_and_tell(manager)
+        manager.postpone(agreed)
+
+    def run_epoch(self, manager: CheckpointManager) -> None:
+        """The rest of an epoch, or as much of it as the ranks agree to do."""
+        self.tell(manager, "on_epoch_begin")
+        groups = in_groups(self.loader, self.batches_per_step)
+        for batches in groups:
+            self.tell(manager, "on_step_begin")
+            loss = self.training_step(batches)
+            if not isinstance(loss, torch.Tensor):
+                raise TypeError(
+                    f"{type(self).__name__}.training_step returned {loss!r}; return this rank's mean loss, a tensor"
+                )
+            self.finish_step(self.reduce_loss(loss))
+            manager.step_done()
+            if is_last := len(self.loader) == 0:
+                next(groups, None)  # the loader moves on to the next epoch
+            if self.after_step(manager, ends_epoch=is_last) or self.is_over(manager):
+                return
+        self.after_step(manager, ends_epoch=True)  # a resume, on more ranks perhaps, has left no step of the epoch
 
     def is_over(self, manager: CheckpointManager) -> bool:
         return self.is_finished() or manager.ending.ends_training
 
-    def after_step(self, manager: CheckpointManager) -> bool:
-        """What is due after a step: let the ranks agree, evaluate, save. Whether the epoch ends here by their will."""
+    def after_step(self, manager: CheckpointManager, *, ends_epoch: bool) -> bool:
+        """What is due after a step, which may be the last of its epoch: let the ranks agree, evaluate, log, save, in this
+        order, so that a resume from the checkpoint has nothing to make up for. Whether the epoch ends here, by the ranks'
+        will too."""
         args, step = self.args, self.progress.step
-        is_eval_due = self.can_evaluate and args.eval_strategy == "steps" and is_multiple(step, args.eval_steps)
-        is_save_due = manager.schedule.is_due(step)
         is_log_due = is_multiple(step, args.logging_steps)
-        agreed = manager.agree(step, self.events.take_wishes(), must=is_eval_due or is_save_due or is_log_due)
+        is_due = is_log_due or self.is_evaluation_due() or manager.schedule.is_due(step)
+        agreed = manager.agree(step, self.events.take_wishes(), must=is_due)
+        if ends_epoch or agreed.end_epoch:
+            agreed |= self.end_epoch(manager, is_early=not ends_epoch)
+            ends_epoch = True
         if args.validate_replication_steps and is_multiple(step, args.validate_replication_steps):
             self.validate_replication(manager)
-        if not agreed.abort and agreed.signal is None:  # after a signal time is short
-            is_judged = args.eval_on_save and self.can_evaluate and (is_save_due or agreed.save)
-            if is_eval_due or is_judged or (agreed.evaluate and self.can_evaluate):
+        kind = manager.schedule.due(step, is_epoch_end=ends_epoch)
+        if self.can_evaluate and not agreed.abort and agreed.signal is None:  # after a signal time is short
+            is_judged = args.eval_on_save and (kind is not None or agreed.save)
+            if agreed.evaluate or is_judged or self.is_evaluation_due(ends_epoch=ends_epoch):
                 agreed |= self.evaluate_and_tell(manager)
         if agreed.log and not is_log_due:
             self.log()
-        if agreed.signal is not None and not agreed.abort:
-            self.save(manager, "emergency")
-        elif (is_save_due or agreed.save) and not agreed.abort:
-            self.save(manager, "periodic")
-        if agreed.end_epoch and not self.is_over(manager):
-            self.loader.end_epoch()
-            self.progress.epoch += 1
-            self.after_epoch(manager)
-        return agreed.end_epoch
+        if not agreed.abort:
+            if agreed.signal is not None:
+                self.save(manager, "emergency")
+            elif kind is not None or agreed.save:
+                self.save(manager, kind or "periodic")
+        return ends_epoch
 
-    def after_epoch(self, manager: CheckpointManager) -> None:
+    def end_epoch(self, manager: CheckpointManager, *, is_early: bool) -> Wishes:
+        """Count the epoch, whose rest is left out if it ends early, and tell the callbacks; what the ranks then agree on."""
+        if is_early:
+            self.loader.end_epoch()
+        self.progress.epoch += 1
+        if is_early:
+            self.total_steps = self.count_total_steps()  # as a resume from here finds it
         self.tell(manager, "on_epoch_end")
-        agreed = manager.agree(self.progress.step, self.events.take_wishes(), must=True)
-        is_eval_due = self.args.eval_strategy == "epoch" or agreed.evaluate
-        if self.can_evaluate and is_eval_due and not agreed.ends_training:
-            self.evaluate_and_tell(manager)
-        if (manager.schedule.epochs or agreed.save) and not manager.ending.abort:
-            self.save(manager, "epoch")
+        return manager.agree(self.progress.step, self.events.take_wishes(), must=True)
+
+    def is_evaluation_due(self, *, ends_epoch: bool = False) -> bool:
+        """By the arguments, after the last step."""
+        if self.args.eval_strategy == "steps":
+            return self.can_evaluate and is_multiple(self.progress.step, self.args.eval_steps)
+        return self.can_evaluate and self.args.eval_strategy == "epoch" and ends_epoch
 
     def resume(self, manager: CheckpointManager) -> Path | None:
         """Load what `resume_from_checkpoint` asks for; the path that was loaded, None for a fresh start.
@@ -305,6 +331,7 @@ class Trainer:
             manager.coordinator.agree("loading the evaluation data", self._begin_evaluation, refuse_unlike)
         metrics = self.evaluate()
         self._evaluated = step, dict(metrics)  # of a subclass's own evaluate too
+        self.progress.evaluated_step = step
         if manager.last_step == step:
             manager.note_metrics(step, metrics)
         if self.rank == 0:
@@ -475,7 +502,12 @@ class Trainer:
         self.scaler.update()
         if self.scaler.get_scale() >= scale:  # after an overflow, neither optimizer nor schedule move
             self.lr_scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget_gradients(self.optimizer)
+
+    def forget_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Those of parameters that the optimizer has not, too: they count when gradients are clipped."""
+        optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
 
     def clip_gradients(self) -> torch.Tensor:
         """Clip to `max_grad_norm`; the norm before."""
