@@ -318,13 +318,10 @@ class CheckpointManager:
         `wishes` are those of this rank (`control.Wishes`): `save=True`, `stop=True`, `abort=True`, `reasons=("why",)`.
         """
         self.step_done()
-        kind = self.schedule.due(step, is_epoch_end=is_epoch_end)
-        agreed = self.agree(step, Wishes(**wishes), must=kind is not None)
-        if not agreed.abort:
-            if agreed.signal is not None:
-                self.save(step, epoch=epoch, metrics=metrics, kind="emergency")
-            elif kind is not None or agreed.save:
-                self.save(step, epoch=epoch, metrics=metrics, kind=kind or "periodic")
+        due = self.schedule.due(step, is_epoch_end=is_epoch_end)
+        agreed = self.agree(step, Wishes(**wishes), must=due is not None)
+        if kind := kind_to_save(due, agreed):
+            self.save(step, epoch=epoch, metrics=metrics, kind=kind)
         return agreed.ends_training
 
     def finish(self, step: int, *, epoch: float | None = None, metrics: Mapping[str, Any] | None = None) -> None:
@@ -413,7 +410,7 @@ class CheckpointManager:
         except StorageError as err:
             if self.rank == 0:
                 self._prune()  # what an earlier policy has kept may be what there is no room for
-            if self._on_storage_error == "error" or kind in ("final", "emergency"):
+            if self._on_storage_error == "error" or kind in ("final", "emergency") or self.ending.ends_training:
                 raise
             if self.rank == 0:
                 logger.error("step %d is not saved, training goes on: %s", step, err.message)
@@ -430,7 +427,7 @@ class CheckpointManager:
         return path
 
     def _tidy_up(self, path: Path, kind: str) -> None:
-        if kind == "emergency":
+        if self.ending.signal is not None:
             note = "; ".join(self.ending.reasons)
             annotations.annotate(path, lambda noted: replace(noted, notes=(*noted.notes, note)))
         pruned = self._prune()
@@ -496,6 +493,16 @@ class CheckpointManager:
             return ""
         found = pruning.survey(catalog.scan(self.run))
         return "\n".join(best_checkpoints_summary(best, found) for best in self._bests)
+
+
+def kind_to_save(due: str | None, agreed: Wishes) -> str | None:
+    """The kind of the checkpoint to save after a step, None for none: of the one that is due by the schedule and what the
+    ranks have agreed on."""
+    if agreed.abort:
+        return None
+    if agreed.signal is not None and due != "epoch":
+        return "emergency"
+    return due or ("periodic" if agreed.save else None)
 
 
 def _wish(request: requests.Request) -> Wishes:

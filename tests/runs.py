@@ -143,9 +143,10 @@ def same_on_all(outcomes: list[Outcome]) -> Any:
 
 def bits(run: Path) -> tuple[Any, ...]:
     """All that the newest checkpoint says of its tensors and values, but for those of callbacks, which may have disturbed
-    the run."""
+    the run, and when it was evaluated."""
     found = contents(catalog.scan(run).checkpoints[0].path)
     assert {"model", "optimizer", "scheduler", "trainer", "dataset", "rng"} <= found.components
     return found.step, *(
-        {key: value for key, value in items.items() if key[0] != "callbacks"} for items in (found.tensors, found.values)
+        {key: value for key, value in items.items() if key[0] != "callbacks" and key[-1] != "evaluated_step"}
+        for items in (found.tensors, found.values)
     )

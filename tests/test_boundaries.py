@@ -155,8 +155,8 @@ def test_at_the_end_of_an_epoch_it_is_told_and_judged_before_it_is_saved(tmp_pat
     ("settings", "death"),
     [
         ({"max_steps": 10, "save_steps": 4}, 6),
-        ({"max_steps": -1, "num_train_epochs": 3, "save_steps": 4, "dataset": Noise(32)}, 11),
-        ({"max_steps": -1, "num_train_epochs": 3, "save_steps": 3, "dataset": Noise(32)}, 8),
+        ({"max_steps": -1, "num_train_epochs": 3, "save_steps": 4}, 11),
+        ({"max_steps": -1, "num_train_epochs": 3, "save_steps": 3}, 8),
     ],
     ids=str,
 )
@@ -170,9 +170,7 @@ def test_an_epoch_that_was_ended_early_stays_ended_after_a_resume(tmp_path, sett
             rates.append(trainer.lr_scheduler.get_last_lr()[0])
 
         wish = AskAt({4: "should_epoch_stop"})
-        trainer = trainer_of(
-            Trainer, run, **({"dataset": SHORT} | settings), callbacks=[wish], on_step_end=[note, *hooks]
-        )
+        trainer = trainer_of(Trainer, run, dataset=Noise(32), **settings, callbacks=[wish], on_step_end=[note, *hooks])
         trainer.train()
         return rates, trainer.total_steps
 

@@ -21,7 +21,7 @@ from forgather_ckpt.data.position import merge_positions
 from forgather_ckpt.data.seeding import mixed_seed, seed_all
 from forgather_ckpt.differences import mismatch_error
 from forgather_ckpt.load import LoadReport
-from forgather_ckpt.manager import CheckpointManager
+from forgather_ckpt.manager import CheckpointManager, kind_to_save
 from forgather_ckpt.optimizer import NamedOptimizer
 from forgather_ckpt.patterns import SharingPattern, ValidationLevel
 from forgather_ckpt.rng import RNGState
@@ -90,7 +90,7 @@ class Trainer:
         self.device, self.rank, self.world_size = self.join_job()
         self.state = TrainerState(rank=self.rank, world_size=self.world_size)
         self.events = Events(callbacks, args, self.state)
-        self.callback_states = CallbackStates((*on_step_end, *callbacks))
+        self.callback_states = CallbackStates((*on_step_end, *callbacks), lambda: self.model.state_dict())
         self.model = self.take_model(model)
         """The module itself: its names are the names in the checkpoint."""
         self.wrapped = self.wrap_model(model)
@@ -225,18 +225,15 @@ class Trainer:
             ends_epoch = True
         if args.validate_replication_steps and is_multiple(step, args.validate_replication_steps):
             self.validate_replication(manager)
-        kind = manager.schedule.due(step, is_epoch_end=ends_epoch)
+        due = manager.schedule.due(step, is_epoch_end=ends_epoch)
         if self.can_evaluate and not agreed.abort and agreed.signal is None:  # after a signal time is short
-            is_judged = args.eval_on_save and (kind is not None or agreed.save)
+            is_judged = args.eval_on_save and (due is not None or agreed.save)
             if agreed.evaluate or is_judged or self.is_evaluation_due(ends_epoch=ends_epoch):
                 agreed |= self.evaluate_and_tell(manager)
         if agreed.log and not is_log_due:
             self.log()
-        if not agreed.abort:
-            if agreed.signal is not None:
-                self.save(manager, "emergency")
-            elif kind is not None or agreed.save:
-                self.save(manager, kind or "periodic")
+        if kind := kind_to_save(due, agreed):
+            self.save(manager, kind)
         return ends_epoch
 
     def end_epoch(self, manager: CheckpointManager, *, is_early: bool) -> Wishes:
