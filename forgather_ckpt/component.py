@@ -62,7 +62,10 @@ class ChoosesTargets(Protocol):
     """A stateful that says where its tensors shall be loaded to, also those that do not exist yet.
 
     Of the names in `available`, those in the answer go there, or nowhere with None; the others go into the live
-    tensor of that name where there is one, else into host memory.
+    tensor of that name where there is one, else into host memory. What goes to a target is memory of its own.
+
+    One with a true attribute `may_convert` may make tensors of other dtypes and shapes of what it is given; elsewhere that
+    is an error.
     """
 
     def load_targets(self, available: Mapping[str, Available]) -> Mapping[str, Target | None]: ...

@@ -65,6 +65,8 @@ class Recipe:
     manifest: CheckpointManifest
     taken: str = "0"
     """See `Prepared.taken`."""
+    apart: Collection[str] = ()
+    """Of tensors that are read into memory of their own, whatever the live ones are."""
 
     @property
     def wanted(self) -> list[Wanted]:
@@ -274,7 +276,7 @@ def _recipe(
     if isinstance(component.stateful, nn.Module):
         _check_module(component, whole, live)
     assemblies = [assemble(whole, live, targets, staged=staged)]
-    return Recipe(component, [whole], assemblies, False, manifest, f"{taken:x}")
+    return Recipe(component, [whole], assemblies, False, manifest, f"{taken:x}", asked)
 
 
 def _bits(names: Sequence[str], chosen: Collection[str]) -> int:
@@ -298,7 +300,7 @@ def refuse_shared_memory(recipes: Sequence[Recipe], live: Live) -> None:
         state = live.states[recipe.component.key]
         for name, rows in recipe.stored[0].tensors.items():
             item = state.tensor_item(state.aliases[name].target if name in state.aliases else name)
-            if item is None or (memory := structure.memory_of(item.tensor)) is None:
+            if name in recipe.apart or item is None or (memory := structure.memory_of(item.tensor)) is None:
                 continue
             told = f"{name!r} of component {recipe.component.key!r}"
             content = content_of(rows)
@@ -361,7 +363,7 @@ def _check_restored(recipes: Sequence[Recipe]) -> None:
         raise LoadMismatch(f"{problem}, after it was loaded")
     for recipe in recipes:
         live = states[recipe.component.key]
-        if recipe.is_resized:
+        if recipe.is_resized or getattr(recipe.component.stateful, "may_convert", False):
             continue
         for name, (dtype, shape) in recipe.assemblies[0].made.items():
             item = live.tensor_item(name)

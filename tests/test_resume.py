@@ -151,8 +151,9 @@ def live(kind: Kind, run: Path, *, hooks: tuple[Hook, ...] = (), **settings: Any
 
 def run(kind: Kind, case: Callable[[int, int], Any], **options: Any) -> list[Outcome]:
     backend = kind.backend if kind.trainer is DDPTrainer else None
-    nodes = nodes_on_gpus(kind.world_size) if backend == "nccl" else None
-    return run_ranks(kind.world_size, case, backend=backend, nodes=nodes, **options)
+    if backend == "nccl":
+        options["nodes"] = nodes_on_gpus(kind.world_size)
+    return run_ranks(kind.world_size, case, backend=backend, **options)
 
 
 @pytest.fixture(scope="module")

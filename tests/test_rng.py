@@ -61,10 +61,13 @@ class Devices:
 
     def __init__(self, monkeypatch, count: int) -> None:
         self.states = [torch.tensor([number], dtype=torch.uint8) for number in range(count)]
+        self.current = 0
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(self.states))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(self.states))
         monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [state.clone() for state in self.states])
         monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: setattr(self, "states", list(states)))
+        monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: self.states.__setitem__(self.current, state))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
 
 
 def test_the_generators_of_all_devices_are_kept_in_order(monkeypatch):
@@ -76,9 +79,36 @@ def test_the_generators_of_all_devices_are_kept_in_order(monkeypatch):
     assert [one.tolist() for one in devices.states] == [one.tolist() for one in expected]
 
 
-def test_another_number_of_devices_is_an_error_that_changes_nothing(monkeypatch):
+@pytest.mark.parametrize(
+    ("num_saved", "saved_current", "num_visible", "current"), [(8, 5, 1, 0), (1, 0, 8, 5), (2, 1, 4, 3)]
+)
+def test_among_another_number_of_devices_the_one_in_use_goes_on(
+    monkeypatch, caplog, num_saved, saved_current, num_visible, current
+):
+    devices = Devices(monkeypatch, num_saved)
+    devices.states = [state + 100 for state in devices.states]
+    devices.current = saved_current
+    state = RNGState().state_dict()
+    expected = [draw(), draw()]
+    devices = Devices(monkeypatch, num_visible)
+    devices.current = current
+    untouched = [one.tolist() for one in devices.states]
+    disturb()
+    RNGState().load_state_dict(state)
+    assert [draw(), draw()] == expected
+    assert [one.tolist() for one in devices.states] == [
+        [100 + saved_current] if number == current else one for number, one in enumerate(untouched)
+    ]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"generators of {num_saved} CUDA devices were saved, {num_visible} are visible: the device in use now goes on with "
+        "that of the one that was, the others go on from where they are"
+    ]
+
+
+def test_another_number_of_devices_is_an_error_where_the_one_in_use_was_not_saved(monkeypatch):
     Devices(monkeypatch, 2)
     state = RNGState().state_dict()
+    del state["cuda_device"]
     Devices(monkeypatch, 3)
     disturb()
     before = torch.get_rng_state()

@@ -190,7 +190,7 @@ def test_learning_rate_factors_over_four_steps(kind, warmup_steps, expected):
         ({"save_strategy": "no", "max_steps": 3}, []),
         ({"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}, [(8, "epoch"), (16, "epoch")]),
         ({"save_strategy": "epoch", "max_steps": 10}, [(8, "epoch"), (10, "final")]),
-        ({"save_strategy": "epoch", "max_steps": 8}, [(8, "final")]),
+        ({"save_strategy": "epoch", "max_steps": 8}, [(8, "epoch")]),
     ],
 )
 def test_b44_saves_are_on_their_grid_and_the_last_step_is_saved_once(tmp_path, settings, expected):
@@ -215,7 +215,7 @@ def test_an_epoch_is_not_saved_again_when_training_goes_on(tmp_path):
     settings = {"save_strategy": "epoch", "resume_from_checkpoint": "auto"}
     Trainer(make_model(), make_args(tmp_path, **settings, max_steps=8), Points()).train()
     result = Trainer(make_model(), make_args(tmp_path, **settings, max_steps=17), Points()).train()
-    assert saves(tmp_path) == [(8, "final"), (16, "epoch"), (17, "final")]
+    assert saves(tmp_path) == [(8, "epoch"), (16, "epoch"), (17, "final")]
     assert result.resumed_from == tmp_path / "checkpoint-8"
 
 

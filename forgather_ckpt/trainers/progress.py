@@ -25,8 +25,6 @@ class Progress:
     num_losses: int = 0
     evaluated_step: int | None = -1
     """At which the callbacks were last told of an evaluation, -1 for none; None if it was not saved."""
-    random_streams: list[int] | None = None
-    """Which random stream is each rank's, in the order of ranks; None if it was not saved."""
 
     def add_step(self, loss: torch.Tensor) -> None:
         self.step += 1
@@ -48,7 +46,6 @@ class Progress:
             "loss_sum": self.loss_sum.item(),
             "num_losses": self.num_losses,
             "evaluated_step": self.evaluated_step,
-            "random_streams": self.random_streams,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -58,7 +55,6 @@ class Progress:
         self.loss_sum = torch.tensor(state_dict["loss_sum"])
         self.num_losses = int(state_dict["num_losses"])
         self.evaluated_step = state_dict.get("evaluated_step")
-        self.random_streams = state_dict.get("random_streams")
 
 
 @dataclass(frozen=True)

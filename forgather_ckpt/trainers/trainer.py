@@ -101,7 +101,8 @@ class Trainer:
                 f"{self.loader.position.num_samples} samples do not fill one batch of "
                 f"{args.per_device_train_batch_size} on each of {self.loader.world_size} ranks"
             )
-        self.progress = Progress(random_streams=self.random_streams)
+        self.progress = Progress()
+        self.generators = RNGState(self.random_stream)
         self.total_steps = self.count_total_steps()
         self.optimizer = optimizer or self.create_optimizer()
         self.lr_scheduler = lr_scheduler or self.create_scheduler(self.optimizer)
@@ -271,14 +272,16 @@ class Trainer:
     def resume_random_streams(self, manager: CheckpointManager, report: LoadReport) -> None:
         """Begin new streams, not those that the run began with, where the checkpoint's are not for these ranks: in another
         world size, or where other ranks than before are to draw alike, as along tensor parallelism."""
-        saved, self.progress.random_streams = self.progress.random_streams, self.random_streams
-        if "rng" in report.loaded and saved not in (None, self.random_streams):
+        saved, own = self.generators.loaded_stream, self.random_stream
+        if "rng" in report.loaded and manager.coordinator.agree(
+            "comparing random streams", lambda: saved not in (None, own), any
+        ):
             reason = "starts fresh: other ranks drew alike where it was saved"
             report = manager.resumed = report.without("rng", reason)
             if self.rank == 0:
                 logger.warning("component 'rng' was not loaded: %s", reason)
         if "rng" in report.skipped:
-            seed_all(mixed_seed(self.args.seed, self.random_stream, self.progress.step))
+            seed_all(mixed_seed(self.args.seed, own, self.progress.step))
 
     def validate_replication(self, manager: CheckpointManager) -> None:
         """Compare the ranks' copies of what they share; what differs ends the training, or is told."""
@@ -557,7 +560,7 @@ class Trainer:
             StateComponent("trainer", self.progress, self.shared),
             StateComponent("callbacks", self.callback_states, SharingPattern.PER_RANK, on_resize=taken_over),
             self.data_component(),
-            StateComponent("rng", RNGState(), SharingPattern.PER_RANK, on_resize="drop"),
+            StateComponent("rng", self.generators, SharingPattern.PER_RANK, on_resize="drop"),
         ]
         if self.scaler.is_enabled():
             components.insert(3, StateComponent("scaler", self.scaler, self.shared))
@@ -625,13 +628,9 @@ class Trainer:
         return nullcontext()
 
     @property
-    def random_streams(self) -> list[int]:
-        """Which random stream is each rank's, in the order of ranks. Ranks that compute the same thing draw from one."""
-        return list(range(self.world_size))
-
-    @property
     def random_stream(self) -> int:
-        return self.random_streams[self.rank]
+        """Which of the job's random streams is this rank's. Ranks that compute the same thing draw from the same one."""
+        return self.rank
 
     def combine_gradients(self) -> None:
         """Between the last backward pass of a step and the optimizer."""
