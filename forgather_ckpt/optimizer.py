@@ -14,6 +14,12 @@ from forgather_ckpt.names import decode_path
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 """What `torch.compile` and activation checkpointing call the module inside."""
 
+_MOMENTS = {
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "sum", "square_avg", "grad_avg", "acc_delta",
+    "ax", "prev", "step_size",
+}  # fmt: skip
+"""What torch's own optimizers keep of each element of a parameter. Those of others may mean anything by these names."""
+
 
 def unwrapped_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """A module's parameters, under the names that they have without DDP around it, and without `torch.compile` and
@@ -68,7 +74,7 @@ class NamedOptimizer:
         return state
 
     def _refuse_other_state(self) -> None:
-        grouped = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        grouped = self._grouped()
         strays = [
             key if isinstance(key, str) else type(key).__name__ for key in self.optimizer.state if key not in grouped
         ]
@@ -82,21 +88,32 @@ class NamedOptimizer:
 
     def load_targets(self, available: Mapping[str, Available]) -> dict[str, Target | None]:
         """State goes to the device of the parameter that it belongs to; of parameters that are not in the groups here,
-        such as frozen ones or those of other layers, nothing is wanted."""
+        such as frozen ones or those of other layers, nothing is wanted.
+
+        `LoadMismatch` where what there is of each of its elements is that of another shape.
+        """
         targets: dict[str, Target | None] = {}
-        devices = self._step_devices()
+        grouped = self._grouped()
         for item, what in available.items():
             kind, name, key = self._parse(decode_path(item)[0])
-            if name is None or self._parameters[name] not in devices:
+            if name is None or self._parameters[name] not in grouped:
                 targets[item] = None
             elif what.dtype is None or kind == "groups":
                 targets[item] = Target("cpu")
             elif key not in self.optimizer.state.get(self._parameters[name], {}):  # else it is filled in place
-                parameter = self._parameters[name]
-                # moments are cut as their parameter is
-                is_alike = what.shape == tuple(parameter.shape) and parameter.dim() > 0
-                targets[item] = Target.like(parameter) if is_alike else Target(_device(parameter, key, devices))
+                parameter, is_moment = self._parameters[name], self._is_torchs and key in _MOMENTS
+                if is_moment and what.shape != tuple(parameter.shape):
+                    raise LoadMismatch(
+                        f"{item!r} has the shape {list(what.shape or ())} in the checkpoint and its parameter "
+                        f"{list(parameter.shape)} in the job; build the model as it was saved, or leave the item out of a "
+                        "warm start with exclude="
+                    )
+                targets[item] = _target(parameter, key, what)
         return targets
+
+    @property
+    def _is_torchs(self) -> bool:
+        return type(self.optimizer).__module__.startswith("torch.optim.")
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Take over the tensors in `state_dict`, whose memory is the optimizer's from then on."""
@@ -107,19 +124,17 @@ class NamedOptimizer:
             if name is None:
                 raise LoadMismatch(f"{item!r} belongs to no parameter of this optimizer's model")
             (states if kind == "state" else groups).setdefault(name, {})[key] = value
-        devices = self._step_devices()
         for group in self.optimizer.param_groups:
+            self._load_group(group, groups)
             for parameter in group["params"]:
-                name = self._name(parameter)
                 loaded = {
-                    key: value.to(_device(parameter, key, devices)) if isinstance(value, torch.Tensor) else value
-                    for key, value in states.get(name, {}).items()
+                    key: value.to(_device(parameter, key, group)) if isinstance(value, torch.Tensor) else value
+                    for key, value in states.get(self._name(parameter), {}).items()
                 }
                 if loaded:
                     self.optimizer.state[parameter] = loaded
                 else:
                     self.optimizer.state.pop(parameter, None)
-            self._load_group(group, groups)
 
     def _load_group(self, group: dict[str, Any], groups: Mapping[str, Mapping[str, Any]]) -> None:
         """A group's hyperparameters are stored with each of its parameters; they must still agree."""
@@ -161,19 +176,21 @@ class NamedOptimizer:
                     return kind, name, rest[len(name) + 1 :]
         return kind, None, ""
 
-    def _step_devices(self) -> dict[nn.Parameter, torch.device]:
-        """Where torch keeps each parameter's step counter: in host memory, unless captured or fused."""
-        host = torch.device("cpu")
-        return {
-            parameter: parameter.device if group.get("capturable") or group.get("fused") else host
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-        }
+    def _grouped(self) -> set[nn.Parameter]:
+        return {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
 
 
-def _device(parameter: nn.Parameter, key: str, step_devices: Mapping[nn.Parameter, torch.device]) -> torch.device:
-    """Where an item of a parameter's state belongs."""
-    return step_devices.get(parameter, parameter.device) if key == "step" else parameter.device
+def _target(parameter: nn.Parameter, key: str, what: Available) -> Target:
+    """Where an item of a parameter's state is read to that is not there yet."""
+    if what.shape == tuple(parameter.shape) and parameter.dim() > 0:
+        return Target.like(parameter)  # moments are cut as their parameter is
+    return Target("cpu" if key == "step" else parameter.device)  # where a step belongs say the groups that are loaded
+
+
+def _device(parameter: nn.Parameter, key: str, group: Mapping[str, Any]) -> torch.device:
+    """Where an item of a parameter's state belongs: torch keeps step counters in host memory, unless captured or fused."""
+    is_on_host = key == "step" and not (group.get("capturable") or group.get("fused"))
+    return torch.device("cpu") if is_on_host else parameter.device
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -179,6 +179,7 @@ def _prepare(job: Job, request: Request, live: Live, path: Path, digest: str) ->
     starts: dict[str, ComponentStart] = {}
     job_names: set[str] = set()
     stored_names: set[str] = set()
+    names_to_come: set[str] = set()
     for component in live.components:
         key = component.key
         if key not in request.components:
@@ -202,8 +203,10 @@ def _prepare(job: Job, request: Request, live: Live, path: Path, digest: str) ->
         recipes.append(recipe)
         stored_names |= stored.names
         job_names.update(starts[key].loaded, starts[key].kept)
+        if isinstance(component.stateful, ChoosesTargets):
+            names_to_come.update(renamed(stored.names, rules.rename).values())
     refuse_shared_memory(recipes, live)
-    return _Part(manifest.step, recipes, starts, list(_idle(rules, job_names, stored_names)))
+    return _Part(manifest.step, recipes, starts, list(_idle(rules, job_names, stored_names, names_to_come)))
 
 
 def _stored(job: Job, component: StateComponent, library: Library) -> Stored:
@@ -219,10 +222,14 @@ def _stored(job: Job, component: StateComponent, library: Library) -> Stored:
     return library.entry(component.key, entry)
 
 
-def _idle(rules: Rules, job_names: set[str], stored_names: set[str]) -> Iterator[str]:
-    for what, given in (("include", rules.include), ("exclude", rules.exclude)):
+def _idle(rules: Rules, job_names: set[str], stored_names: set[str], names_to_come: set[str]) -> Iterator[str]:
+    """`names_to_come`: of items that the job may not have yet, and would be given if they were not excluded."""
+    for what, given, names in (
+        ("include", rules.include, job_names),
+        ("exclude", rules.exclude, job_names | names_to_come),
+    ):
         for pattern in given:
-            if not any(matches(name, [pattern]) for name in job_names):
+            if not any(matches(name, [pattern]) for name in names):
                 yield f"{what}={pattern!r} (of the names in the job)"
     for prefix in rules.prefixes:
         if not any(name.startswith(prefix) for name in stored_names):
@@ -239,7 +246,8 @@ def _recipe(
     targets: dict[str, Target] = {}
     usable = stored.names
     if isinstance(component.stateful, ChoosesTargets):
-        chosen = component.stateful.load_targets(stored.available())
+        available = {name: what for name, what in stored.available().items() if rules.asks_for(name)}
+        chosen = component.stateful.load_targets(available)
         targets = {name: target for name, target in chosen.items() if target is not None}
         usable -= {name for name, target in chosen.items() if target is None}
     ties = {name: [name] for name in sorted(live.names - set(live.aliases))}

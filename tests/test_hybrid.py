@@ -1,5 +1,6 @@
 """HybridTrainer on meshes of dp, pp and tp: it trains as one process does, resumes to the same bits, is read by others."""
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from tests.layouts import (
     Sentences,
     assert_goes_on,
     live,
+    local,
     order_of_reading,
     saved_and_read,
     states,
@@ -126,18 +128,110 @@ def test_optimizer_and_schedule_may_be_made_for_the_whole_model(tmp_path, kind):
         assert rank == pytest.approx(losses, rel=1e-5)
 
 
-def test_an_optimizer_steps_plain_and_cut_tensors_side_by_side_and_what_it_was_told_is_kept(tmp_path):
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "AdamW": torch.optim.AdamW,
+    "Adagrad": torch.optim.Adagrad,
+    "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("flag", ["foreach", "fused"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_optimizer_steps_plain_and_cut_tensors_side_by_side_and_what_it_was_told_is_kept(tmp_path, optimizer, flag):
     """Torch's operations on many tensors at once refuse such a mixture."""
 
     def case() -> set[Any]:
         model = Net()
-        trainer = DP_TP.trainer(
-            model, tmp_path, optimizer=torch.optim.AdamW(model.parameters(), foreach=True), max_steps=2
-        )
+        made = OPTIMIZERS[optimizer](model.parameters(), lr=0.01, **{flag: True})
+        trainer = DP_TP.trainer(model, tmp_path, optimizer=made, max_steps=2)
         trainer.train()
-        return {value for name, value in states(trainer)["optimizer"].items() if name.endswith(".foreach")}
+        return {value for name, value in states(trainer)["optimizer"].items() if name.endswith(f".{flag}")}
 
     assert DP_TP.run(case) == [{True}] * 4
+
+
+def that_has_stepped(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach() - 0.1
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+WITH_STATE: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "Adagrad": lambda model: torch.optim.Adagrad(model.parameters(), lr=0.05, initial_accumulator_value=0.1),
+    "AdamW that has stepped": that_has_stepped,
+}
+CUTS = [
+    Layout("fsdp", {"shard": 2}),
+    Layout("fsdp", {"replicate": 2, "shard": 2}),
+    TP,
+    Layout("pipeline", {"pp": 2}),
+    DP_PP_TP,
+]
+
+
+@pytest.mark.parametrize("make", WITH_STATE.values(), ids=WITH_STATE)
+@pytest.mark.parametrize("kind", CUTS, ids=str)
+def test_the_state_that_an_optimizer_has_already_is_cut_like_its_parameters(tmp_path, kind, make):
+    def life(kind: Layout) -> tuple[list[float], dict[str, Any]]:
+        model = seeded(lambda: Net(dropout=0.0))
+        trainer = kind.trainer(model, tmp_path / str(kind), optimizer=make(model), save_steps=1, max_steps=3)
+        parameters = set(trainer.model.parameters())
+        begun = whole(states(trainer)["optimizer"])
+        assert {len(state) > 1 for state in trainer.optimizer.state.values()} == {True}
+        assert trainer.optimizer.state.keys() == parameters
+        for parameter, state in trainer.optimizer.state.items():
+            parts = [local(value) for value in (parameter, *state.values()) if isinstance(value, DTensor)]
+            assert all(part.untyped_storage().nbytes() == part.nbytes for part in parts[1:])
+            assert {part.shape for part in parts[1:]} <= {part.shape for part in parts[:1]}
+        trainer.train()
+        return [loss for _, loss in trainer.history], begun
+
+    [(losses, begun)] = ONE.run(lambda: life(ONE))
+    ranks = kind.run(lambda: life(kind))
+    assert digests(union([rank[1] for rank in ranks])) == digests(begun)
+    for found, _ in ranks:
+        assert found == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [CUTS[0], TP], ids=str)
+def test_state_that_cannot_be_cut_like_its_parameter_is_refused_with_what_to_write(tmp_path, kind):
+    def case() -> None:
+        model = Net()
+        optimizer = torch.optim.Adafactor(model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        kind.trainer(model, tmp_path, optimizer=optimizer)
+
+    for error in errors(kind.outcomes(case)):
+        assert error.type_name == "ValueError"
+        assert "'row_var' of a parameter of shape [" in error.message
+        assert "give an optimizer that has no state yet, or make it in create_optimizer()" in error.message
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_a_run_with_a_fused_optimizer_goes_on_under_tensor_parallelism_and_back(tmp_path, fused):
+    """The checkpoint's groups say that it is fused, whatever the job says."""
+
+    def life(kind: Layout, max_steps: int) -> tuple[list[float], set[Any]]:
+        model = seeded(lambda: Net(dropout=0.0))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True if kind is ONE else fused)
+        settings = {"max_steps": max_steps, "lr_scheduler_type": "constant", "warmup_steps": 0}
+        trainer = kind.trainer(model, directory, optimizer=optimizer, **settings)
+        trainer.train()
+        return [loss for _, loss in trainer.history], {group["fused"] for group in trainer.optimizer.param_groups}
+
+    directory = tmp_path / "whole"
+    [(losses, _)] = ONE.run(lambda: life(ONE, 6))
+    directory = tmp_path / "parts"
+    found = []
+    for kind, max_steps in ((ONE, 2), (TP, 4), (ONE, 6)):
+        found += kind.run(lambda kind=kind, max_steps=max_steps: life(kind, max_steps))[0][0]
+    assert found == pytest.approx(losses, rel=1e-5)
+    assert all(flags == {True} for _, flags in TP.run(lambda: life(TP, 6)))
 
 
 def test_a_gradient_that_is_a_sum_not_yet_taken_is_taken_before_it_is_used():
@@ -155,6 +249,53 @@ def test_a_gradient_that_is_a_sum_not_yet_taken_is_taken_before_it_is_used():
     for norm, gradient in Layout("hybrid", {"dp": 1, "tp": 2}).run(case):
         assert norm == 5.0
         assert gradient == pytest.approx([0.3, 0.4])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [
+        (torch.bfloat16, 1e-6),
+        (torch.float32, 1e-6),
+        (torch.float64, 1e-14),
+        (torch.complex64, 1e-6),
+        (torch.complex128, 1e-14),
+    ],
+    ids=str,
+)
+def test_the_norm_of_gradients_is_as_exact_as_they_are(dtype, rounding):
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(n, generator=generator, dtype=dtype)) for n in (3, 5)]
+    for parameter in parameters:
+        parameter.grad = parameter.detach() / 3
+    exact = sum(abs(complex(value)) ** 2 for one in parameters for value in one.grad.tolist())
+    found = squared_norm([*parameters, nn.Parameter(torch.zeros(2))], torch.device("cpu"))
+    assert found.item() == pytest.approx(exact, rel=rounding)
+
+
+class Double(Net):
+    """Of float64, but for buffers."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.double()
+
+
+@pytest.mark.parametrize(
+    "kind", [DP_TP, Layout("fsdp", {"shard": 2}), Layout("fsdp", {"replicate": 2, "shard": 2})], ids=str
+)
+def test_a_model_of_float64_is_trained_as_by_one_process(tmp_path, kind):
+    def parameters(kind: Layout) -> dict[str, torch.Tensor]:
+        trainer = kind.trainer(
+            seeded(Double), tmp_path / str(kind), save_strategy="no", max_steps=4, max_grad_norm=0.05
+        )
+        trainer.train()
+        return whole(dict(trainer.model.named_parameters()))
+
+    [expected] = ONE.run(lambda: parameters(ONE))
+    for found in kind.run(lambda: parameters(kind)):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("kind", [DP_TP, DP_PP, DP_PP_TP], ids=str)

@@ -1,6 +1,7 @@
 """`NamedOptimizer`: an optimizer continues exactly, from its state under the names of its parameters."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from forgather_ckpt import CheckpointCoordinator, NamedOptimizer, SharingPattern
 from forgather_ckpt.component import Available, Target
 from forgather_ckpt.errors import CheckpointError, DeclarationError, LoadMismatch, StructureError
 from forgather_ckpt.optimizer import unwrapped_parameters
+from tests.ranks import run_ranks, values
 from tests.states import assert_same
 
 
@@ -326,6 +328,52 @@ def test_a_later_hyperparameter_keeps_its_default(tmp_path):
     assert (restored.param_groups[0]["foreach"], restored.param_groups[0]["lr"]) == (False, 0.01)
 
 
+# ---- shapes
+
+
+def resized(size: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, size), nn.Tanh(), nn.Linear(size, 1))
+
+
+ELEMENTWISE = [name for name in OPTIMIZERS if name not in ("sgd", "adafactor", "lbfgs")]
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_a_moment_of_another_shape_is_refused_and_nothing_is_changed(tmp_path, name):
+    model = resized(5)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    train(model, optimizer, 1)
+    save(tmp_path, model, optimizer)
+    for has_state in (False, True):
+        other = resized(7)
+        restored = OPTIMIZERS[name](other.parameters())
+        if has_state:
+            train(other, restored, 1)
+        before = flat(restored)
+        with (
+            CheckpointCoordinator(components(other, restored), tmp_path) as coordinator,
+            pytest.raises(LoadMismatch, match=r"'state\.\S+' .*\[5.* in the checkpoint.*\[7.* in the job"),
+        ):
+            coordinator.load_checkpoint(components=["optimizer"])
+        assert_same(flat(restored), before)
+
+
+def test_state_that_is_of_another_shape_by_nature_is_loaded(tmp_path):
+    """As what an optimizer of one's own keeps, whatever it is called."""
+
+    class LowRank(torch.optim.SGD):
+        """As GaLore, whose moments are smaller than their parameters."""
+
+    model = net()
+    optimizer = LowRank(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {"exp_avg": torch.ones(2, *parameter.shape[1:]), "scales": torch.ones(4)}
+    save(tmp_path, model, optimizer)
+    restored = LowRank(model.parameters(), lr=0.2)
+    load(tmp_path, model, restored)
+    assert_same(flat(restored), flat(optimizer))
+
+
 # ---- names
 
 
@@ -461,11 +509,60 @@ def test_a_parameter_of_no_part_is_refused(tmp_path):
         coordinator.save_checkpoint(1)
 
 
-def test_a_captured_step_counter_lies_beside_its_parameter():
+@pytest.mark.parametrize("of_job", [{}, {"capturable": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize(
+    ("stored", "device"), [({}, "cpu"), ({"capturable": True}, "meta"), ({"fused": True}, "meta")], ids=str
+)
+def test_a_step_counter_goes_where_the_flags_that_are_loaded_want_it(of_job, stored, device):
+    source = net()
+    optimizer = torch.optim.AdamW(source.parameters())
+    train(source, optimizer, 1)
+    for group in optimizer.param_groups:
+        group.update(stored)
     model = net().to("meta")
-    named = NamedOptimizer(torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.1), capturable=True), [model])
-    available = {"state.0.weight.step": Available("float32", ())}
-    assert named.load_targets(available) == {"state.0.weight.step": Target(torch.device("meta"))}
+    restored = torch.optim.AdamW(model.parameters())
+    for group in restored.param_groups:
+        group.update(of_job)
+    NamedOptimizer(restored, [model]).load_state_dict(NamedOptimizer(optimizer, [source]).state_dict())
+    for state in restored.state.values():
+        assert {name: value.device.type for name, value in state.items()} == {
+            "step": device, "exp_avg": "meta", "exp_avg_sq": "meta",
+        }  # fmt: skip
+
+
+FLAGS: list[dict[str, bool]] = [{}, {"fused": True}, {"capturable": True}, {"foreach": True}]
+
+
+@pytest.mark.gpu
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("stored", FLAGS, ids=str)
+def test_an_optimizer_on_a_device_goes_on_as_it_was_saved_whatever_the_job_says(tmp_path, stored):
+    def case(rank: int, world_size: int) -> None:
+        torch.manual_seed(0)
+
+        def made(flags: dict[str, bool]) -> tuple[nn.Module, torch.optim.Optimizer]:
+            model = nn.Linear(3, 5, device="cuda")
+            return model, torch.optim.AdamW(model.parameters(), lr=0.01, **flags)
+
+        def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            model(torch.ones(2, 3, device="cuda")).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        model, optimizer = made(stored)
+        step(model, optimizer)
+        save(tmp_path, model, optimizer)
+        step(model, optimizer)
+        for of_job, has_state in itertools.product(FLAGS, (False, True)):
+            other, restored = made(of_job)
+            if has_state:
+                step(other, restored)
+            load(tmp_path, other, restored)
+            step(other, restored)
+            assert_same(flat(restored), flat(optimizer))
+            assert_same(dict(other.state_dict()), dict(model.state_dict()))
+
+    values(run_ranks(1, case, backend=None, timeout=120))
 
 
 def test_state_goes_to_the_device_of_its_parameter():
@@ -482,7 +579,7 @@ def test_state_goes_to_the_device_of_its_parameter():
     }
     assert named.load_targets(available) == {
         "state.0.weight.exp_avg": Target(torch.device("meta")),
-        "state.0.weight.step": Target(torch.device("cpu")),
+        "state.0.weight.step": Target("cpu"),
         "groups.0.weight.lr": Target("cpu"),
         "groups.0.bias.lr": Target("cpu"),
         "state.7.weight.exp_avg": None,

@@ -15,14 +15,16 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.utils.data import default_collate
 
+from forgather_ckpt import CheckpointCoordinator, load_component
 from forgather_ckpt.data import SeededItems
 from forgather_ckpt.data.position import GlobalPosition
 from forgather_ckpt.data.sampler import epoch_order
 from forgather_ckpt.demo.gpt import GPT
 from forgather_ckpt.errors import LoadMismatch
 from forgather_ckpt.manifest import CheckpointManifest
+from forgather_ckpt.matching import renamed
 from forgather_ckpt.trainers import DDPTrainer, Part, PipelineTrainer, Trainer, TrainingArguments
-from forgather_ckpt.trainers.stages import Cut, dealt, parts_of, pruned
+from forgather_ckpt.trainers.stages import Cut, Share, dealt, parts_of, pruned
 from tests.ranks import errors, run_ranks, values
 from tests.test_resume import (
     NUM_STEPS,
@@ -401,6 +403,41 @@ def test_parts_may_be_the_children_of_a_sequential_or_be_given_and_hand_on_sever
             torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-5, msg=name)
 
 
+class Widened(nn.Module):
+    """Computes in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.double()).float()
+
+
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double()
+
+
+@pytest.mark.parametrize("num_double", [1, 3], ids=["a stage of float64", "all but the first"])
+def test_stages_of_other_dtypes_train_and_clip_as_the_whole_does(tmp_path, num_double):
+    def make() -> nn.Sequential:
+        if num_double == 1:
+            return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Widened(), nn.Linear(4, 4))
+        last = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(2))
+        return nn.Sequential(nn.Linear(4, 4), Doubled(), *last)
+
+    options: dict[str, Any] = {"dataset": Points(), "max_steps": 4, "max_grad_norm": 0.01}
+    whole = {"compute_loss": lambda model, batch: model(batch).square().mean()}
+    own = {"compute_loss": lambda output, batch: output.square().mean()}
+    [(losses, state, _)] = ONE.run(lambda: trained(ONE, seeded(make), tmp_path, **options, **whole))
+    ranks = KINDS[1].run(lambda: trained(KINDS[1], seeded(make), tmp_path, **options, **own))
+    assert ranks[0][0] == pytest.approx(losses, rel=1e-5)
+    merged = union([rank[1] for rank in ranks])
+    for name, value in state.items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-5, msg=name)
+
+
 def test_only_rank_0_needs_a_dataset_when_it_reads_for_all(tmp_path):
     kind, dispatched = KINDS[2], Kind("1f1b", 4, 4, (("dispatch_batches", True),))
 
@@ -498,14 +535,52 @@ def test_a_schedule_goes_on_alike_where_a_rank_has_no_parameter_of_a_group(tmp_p
     assert kind.run(lambda: life(tmp_path / "in two", 6)) == kind.run(lambda: life(tmp_path / "at once", 6))
 
 
-@pytest.mark.parametrize("kind", [KINDS[1], KINDS[6]], ids=str)
-def test_a_model_of_other_blocks_is_not_loaded(tmp_path, kind):
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], KINDS[6]], ids=str)
+def test_a_model_of_other_blocks_is_not_loaded_and_nothing_is_changed(tmp_path, kind):
+    def case(num_blocks: int) -> tuple[str, bool]:
+        trainer = kind.trainer(Tower(num_blocks), tmp_path, max_steps=2)
+        before = digests(trainer.model.state_dict())
+        with pytest.raises(LoadMismatch) as caught:
+            trainer.train()
+        return caught.value.message, digests(trainer.model.state_dict()) == before
+
     kind.run(lambda: kind.trainer(Tower(6), tmp_path, max_steps=1).train())
     for num_blocks, problem in ((5, "blocks.5"), (7, "blocks.6")):
-        outcomes = kind.run(lambda n=num_blocks: kind.trainer(Tower(n), tmp_path, max_steps=2).train(), raw=True)
-        for error in errors(outcomes):
-            assert error.type_name == LoadMismatch.__name__
-            assert problem in error.message
+        for message, is_unchanged in kind.run(lambda n=num_blocks: case(n)):
+            assert problem in message
+            assert is_unchanged
+
+
+WARM_STARTS: dict[str, tuple[int, dict[str, Any], Callable[[str], bool]]] = {
+    "a block more in the job": (7, {"missing": "keep"}, lambda name: not name.startswith("blocks.6.")),
+    "a block more in the checkpoint": (5, {}, lambda name: True),
+    "some of it": (7, {"include": "blocks.[01].*"}, lambda name: name.startswith(("blocks.0.", "blocks.1."))),
+    "all but some of it": (7, {"exclude": "blocks.[06].*"}, lambda name: name[:9] not in ("blocks.0.", "blocks.6.")),
+    "other names": (3, {"rename": {"blocks.5.": "blocks.0.", "blocks.0.": "blocks.5."}}, lambda name: True),
+}
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], KINDS[6]], ids=str)
+def test_a_warm_start_into_a_pipeline_goes_by_its_rules(tmp_path, kind):
+    def case(num_blocks: int, rules: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any]:
+        trainer = kind.trainer(Tower(num_blocks), tmp_path / "new")
+        before = cloned(trainer.model.state_dict())
+        with CheckpointCoordinator(trainer, tmp_path / "new", timeout_seconds=30) as coordinator:
+            report = coordinator.warm_start(tmp_path / "base", **rules).components["model"]
+        return before, trainer.model.state_dict(), report
+
+    model = Tower(6)
+    ONE.run(lambda: ONE.trainer(model, tmp_path / "base", max_steps=1).train())
+    base = load_component(tmp_path / "base", "model")
+    for num_blocks, rules, is_loaded in WARM_STARTS.values():
+        ranks = kind.run(lambda n=num_blocks, rules=rules: case(n, rules))
+        before, after = (union([rank[place] for rank in ranks]) for place in (0, 1))
+        source = {new: base[old] for old, new in renamed(base, rules.get("rename")).items()}
+        assert digests(after) == digests({name: source[name] if is_loaded(name) else before[name] for name in after})
+        for _, _, report in ranks:
+            assert report.loaded == sorted(filter(is_loaded, after))
+            assert report.kept == sorted(after.keys() - set(report.loaded))
+            assert len(report.ignored) == len(base) - len(report.loaded)
 
 
 def test_the_manifest_says_how_a_pipeline_shares_its_state(tmp_path):
@@ -669,7 +744,7 @@ def test_what_a_callback_keeps_of_its_own_stage_comes_back_to_it_and_is_never_gi
     def fewer() -> None:
         ONE.trainer(Tower(), tmp_path / "2", max_steps=5, on_step_end=[MeanWeights()]).train()
 
-    with pytest.raises(LoadMismatch, match="callbacks kept other items on some ranks than on others"):
+    with pytest.raises(LoadMismatch, match="callback 'MeanWeights' kept other items on some ranks than on others"):
         fewer()
 
 
@@ -712,6 +787,14 @@ def test_a_pruned_model_has_what_is_named_where_it_was_and_the_whole_one_keeps_a
     assert [*share.state_dict()] == [name for name in names if name.startswith("blocks.2.") or name == "table"]
     assert share.blocks.get_submodule("2") is model.blocks[2]
     assert [*model.state_dict()] == names
+
+
+def test_a_share_has_names_of_the_whole_model_only():
+    known = Tower().state_dict().keys()
+    share = Share(pruned(Tower(), {"blocks.0", "table"}), known)
+    assert share.state_dict().keys() == {name for name in known if name.startswith(("blocks.0.", "table"))}
+    with pytest.raises(ValueError, match=r"the share of the model has '0\.bias', and the whole model does not"):
+        Share(nn.Sequential(nn.Linear(1, 1)), known)
 
 
 def hidden_tie() -> nn.Sequential:

@@ -206,6 +206,37 @@ def test_an_optimizer_that_is_named_starts_warm_too(tmp_path):
     assert not report.components["optimizer"].kept
 
 
+@pytest.mark.parametrize("has_state", [False, True])
+def test_the_moments_of_a_head_of_another_size_are_refused_unless_they_are_left_out(tmp_path, has_state):
+    def make(size: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(size)
+        model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, size)})
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01 * size)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model["head"](model["body"](torch.ones(2, 4))).sum().backward()
+        optimizer.step()
+
+    model, optimizer = make(3)
+    step(model, optimizer)
+    path = saved(tmp_path / "base", model, optimizer=NamedOptimizer(optimizer, [model]))
+    net, started = make(5)
+    if has_state:
+        step(net, started)
+    named = NamedOptimizer(started, [net])
+    others = [StateComponent("optimizer", named, GLOBAL)]
+    before = copy.deepcopy(named.state_dict())
+    differ = r"component 'optimizer': 'state\.head\.\S+' .*\[3.* in the checkpoint.*\[5.* in the job;.*exclude="
+    with pytest.raises(LoadMismatch, match=differ):
+        start(tmp_path / "new", path, net, ["model", "optimizer"], others, exclude="head.*")
+    assert_same(named.state_dict(), before)
+    report = start(tmp_path / "new", path, net, ["model", "optimizer"], others, exclude=["head.*", "state.head.*"])
+    assert any(name.startswith("state.body.") for name in report.components["optimizer"].loaded)
+    assert not any(name.startswith("state.head.") for name in report.components["optimizer"].loaded)
+    assert torch.equal(started.state[net["body"].weight]["exp_avg"], optimizer.state[model["body"].weight]["exp_avg"])
+    step(net, started)
+
+
 def test_values_are_taken_over_in_their_types(tmp_path):
     stored = {
         "w": torch.arange(3),

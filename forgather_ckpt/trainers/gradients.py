@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 
 def local_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
@@ -50,15 +50,19 @@ def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGro
 
 
 def squared_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> torch.Tensor:
-    """The sum of the squares of all elements of these parameters' gradients, in float32; each element counts once, those
-    on other ranks of a parameter's mesh too. Collective over these meshes."""
-    total = torch.zeros((), device=device)
-    sums: dict[Any, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+    """The sum of the squares of all elements of these parameters' gradients; each element counts once, those on other
+    ranks of a parameter's mesh too. Collective over these meshes.
+
+    A float64, whatever the gradients are: ranks whose parameters have other dtypes can sum it up further.
+    """
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    sums: dict[Any, torch.Tensor] = defaultdict(lambda: torch.zeros_like(total))
     for parameter in parameters:
         gradient = local_gradient(parameter)
         if gradient is None:
             continue
-        square = torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+        precision = torch.promote_types(gradient.dtype, torch.float32)
+        square = torch.linalg.vector_norm(gradient, dtype=precision).double().square()
         if isinstance(parameter, DTensor):
             sums[parameter.device_mesh, parameter.placements] += square
         else:
@@ -93,6 +97,26 @@ def broadcast_from_first(
 
 
 def renew(optimizer: torch.optim.Optimizer, places: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Give an optimizer those parameters that have taken the places of the ones it was made for."""
+    """Give an optimizer those parameters that have taken the places of the ones it was made for, and what state it has of
+    these, cut as they are.
+
+    `ValueError` where its state is not of its parameter's shape, so that it cannot be known which part goes where.
+    """
     for group in optimizer.param_groups:
         group["params"] = [places.get(parameter, parameter) for parameter in group["params"]]
+    for old, new in places.items():
+        if old is not new and (state := optimizer.state.pop(old, None)):
+            optimizer.state[new] = {key: _cut_like(new, key, value) for key, value in state.items()}
+
+
+def _cut_like(parameter: nn.Parameter, key: str, value: Any) -> Any:
+    """An item of an optimizer's state of a parameter that was whole, and is a DTensor now. Steps stay as they are."""
+    if not isinstance(value, torch.Tensor) or value.dim() == 0 or not isinstance(parameter, DTensor):
+        return value
+    if value.shape != parameter.shape:
+        raise ValueError(
+            f"the optimizer has state already, and {key!r} of a parameter of shape {list(parameter.shape)} is "
+            f"{list(value.shape)}: it cannot be known how to cut it; give an optimizer that has no state yet, or make it in "
+            "create_optimizer()"
+        )
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -19,7 +19,6 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -125,13 +124,8 @@ class HybridTrainer(DistributedTrainer):
         return self.mesh.get_local_rank(axis) if self.length(axis) > 1 else 0
 
     @property
-    def random_streams(self) -> list[int]:
-        """One for each place on dp and pp."""
-        streams = dict[int, int]()
-        for place, rank in np.ndenumerate(self.mesh.mesh.numpy()):
-            on = dict(zip(self.mesh.mesh_dim_names or (), place, strict=True))
-            streams[int(rank)] = on["dp"] + self.length("dp") * on.get("pp", 0)
-        return [streams[rank] for rank in range(self.world_size)]
+    def random_stream(self) -> int:
+        return self.place("dp") + self.length("dp") * self.place("pp")
 
     # The model's part
 
@@ -254,19 +248,22 @@ def matching(module: nn.Module, pattern: str) -> list[str]:
 
 def step_one_by_one(optimizer: torch.optim.Optimizer) -> None:
     """Have an optimizer step one parameter at a time: torch's operations on many tensors refuse plain ones beside DTensors.
-    The groups say so during the step only, as what they say at other times is saved, and is not for other layouts."""
-    asked: list[Any] = []
+    The groups say so during the step only, as what they say at other times is saved, and is not for other layouts.
+
+    A step counter on its parameter's device, as fused steps need it, does for single ones too.
+    """
+    asked: list[dict[str, Any]] = []
 
     def before(*_: Any) -> None:
-        asked[:] = [group.get("foreach") for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            if "foreach" in group:
-                group["foreach"] = False
+        asked[:] = [
+            {key: group[key] for key in ("foreach", "fused") if key in group} for group in optimizer.param_groups
+        ]
+        for group, flags in zip(optimizer.param_groups, asked, strict=True):
+            group.update(dict.fromkeys(flags, False))
 
     def after(*_: Any) -> None:
-        for group, value in zip(optimizer.param_groups, asked, strict=True):
-            if "foreach" in group:
-                group["foreach"] = value
+        for group, flags in zip(optimizer.param_groups, asked, strict=True):
+            group.update(flags)
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)

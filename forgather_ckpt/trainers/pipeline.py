@@ -73,7 +73,9 @@ class PipelineTrainer(DistributedTrainer):
         if args.fp16:
             raise ValueError("fp16 needs its loss scaled, which a pipeline here does not do; use bf16=True")
         if unwrapped(model) is not model:
-            raise ValueError("a compiled model cannot be cut; give the model itself, and compile its blocks")
+            raise ValueError(
+                "a compiled model cannot be cut; give the model itself, and compile its blocks in place, by block.compile()"
+            )
         if compute_loss is None and not isinstance(model, CanBeCut):
             raise ValueError(f"{type(model).__name__} has no pipeline_loss(output, batch); give compute_loss=")
         self.schedule = schedule
@@ -268,7 +270,7 @@ class PipelineTrainer(DistributedTrainer):
             return_outputs=False,
         )
         self._micro_batches.clear()
-        return sum((loss.detach() for loss in losses), torch.zeros((), device=self.device))
+        return sum((loss.detach().float() for loss in losses), torch.zeros((), device=self.device))
 
     def reduce_loss(self, loss: torch.Tensor) -> torch.Tensor:
         dist.broadcast(loss, group=self.pipeline_group, group_src=self._last_rank)
@@ -376,8 +378,10 @@ class PipelineTrainer(DistributedTrainer):
 
 
 def keep_own(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Leave to an optimizer the parameters that this rank's share of the model has. Groups stay, even empty ones: the
-    schedule has a learning rate for each, and is the same on all ranks."""
+    """Leave to an optimizer the parameters that this rank's share of the model has, and their state. Groups stay, even
+    empty ones: the schedule has a learning rate for each, and is the same on all ranks."""
     own = set(model.parameters())
     for group in optimizer.param_groups:
+        for parameter in set(group["params"]) - own:
+            optimizer.state.pop(parameter, None)
         group["params"] = [parameter for parameter in group["params"] if parameter in own]

@@ -2,7 +2,7 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -11,10 +11,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from forgather_ckpt.component import Available, StateDict, Target
+from forgather_ckpt.component import StateDict
 from forgather_ckpt.data.batches import Batch, map_leaves
-from forgather_ckpt.errors import LoadMismatch
-from forgather_ckpt.names import decode_path
 from forgather_ckpt.structure import memory_of
 
 
@@ -176,37 +174,25 @@ def pruned(module: nn.Module, names: Collection[str], prefix: str = "") -> nn.Mo
     return copied
 
 
-class Share:
-    """The state of a rank's share of a model, which refuses that of another model before any of it is loaded.
+class Share(nn.Module):
+    """The state of a rank's share of a model, whose keys are among those of the whole model's state dict, `known`.
 
-    Of names that are unique over the job a rank takes what it has: by itself it would not see that the checkpoint has a
-    block more, which is nobody's.
+    A module, so that a load refuses another model's state before any of it is loaded, as it does for whole models, while
+    a warm start may take some of it. That the checkpoint has a block more, which is nobody's, only all ranks together
+    see: so the component's names are to be global.
     """
 
     def __init__(self, module: nn.Module, known: Collection[str]) -> None:
-        self.module = module
-        self._known = known
-        """The keys of the whole model's state dict."""
+        super().__init__()
+        self.share = module
+        if unknown := sorted(self.state_dict().keys() - set(known)):
+            raise ValueError(f"the share of the model has {unknown[0]!r}, and the whole model does not; keep its names")
 
-    def state_dict(self) -> StateDict:
-        return self.module.state_dict()
+    def state_dict(self, *args: Any, **options: Any) -> StateDict:  # type: ignore[override]  # of several signatures
+        return self.share.state_dict(*args, **options)
 
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        self.module.load_state_dict(state_dict)
-
-    def load_targets(self, available: Mapping[str, Available]) -> dict[str, Target | None]:
-        stored = {decode_path(item)[0] for item in available}
-        own: dict[int, set[str]] = defaultdict(set)
-        for name, value in self.module.state_dict(keep_vars=True).items():
-            own[id(value)].add(name)
-        missing = {min(names) for names in own.values() if not names & stored}  # another name of it may be an alias
-        for names, problem in (
-            (stored - set(self._known), "in the checkpoint but not in the job's model"),
-            (missing, "in the job's model but not in the checkpoint"),
-        ):
-            if names:
-                raise LoadMismatch(f"{min(names, key=str)!r} is {problem}; build the model as it was saved")
-        return {}
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        return self.share.load_state_dict(*args, **options)
 
 
 class Stage(nn.Module):
