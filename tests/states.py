@@ -61,7 +61,7 @@ def _text_of(value: Any) -> str:
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """The elements in C order."""
     dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return dense.reshape(-1).view(torch.uint8).numpy().tobytes() if dense.numel() else b""
+    return dense.reshape(-1).view(torch.uint8).cpu().numpy().tobytes() if dense.numel() else b""
 
 
 def tensor_of(dtype: str, shape: tuple[int, ...] = (3, 5), *, seed: int = 0) -> torch.Tensor:
