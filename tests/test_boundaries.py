@@ -16,8 +16,9 @@ from torch import nn
 from forgather_ckpt import catalog, requests
 from forgather_ckpt.callbacks import JsonlLogger, TrainerCallback
 from forgather_ckpt.demo.contents import contents
-from forgather_ckpt.trainers import Trainer, TrainingArguments
-from tests.runs import AskAt, Diary, Net, Noise, kept, trainer_of
+from forgather_ckpt.trainers import DDPTrainer, Trainer, TrainingArguments
+from tests.ranks import run_ranks
+from tests.runs import AskAt, Diary, Net, Noise, kept, same_on_all, trainer_of
 
 SHORT = Noise(16)
 """An epoch of 4 steps."""
@@ -123,6 +124,17 @@ def test_a_save_that_is_asked_for_at_the_last_step_is_made_also_where_nothing_el
     assert [step for step, _ in kept(tmp_path)] == [10]
 
 
+@pytest.mark.parametrize("event", ["on_step_end", "on_evaluate", "on_log"])
+def test_an_epoch_may_be_ended_from_any_event_of_a_step(tmp_path, event):
+    diary = Diary()
+    wish = AskAt({4: "should_epoch_stop"}, event=event)
+    settings = {"eval_dataset": EVALUATED, "eval_steps": 4, "save_strategy": "epoch", "logging_steps": 4}
+    train(tmp_path, wish, diary, dataset=Noise(64), max_steps=22, **settings)
+    assert diary.of("on_epoch_end") == [4, 20]
+    assert diary.of("on_evaluate") == [4, 8, 12, 16, 20]
+    assert kept(tmp_path) == [(4, "epoch"), (20, "epoch"), (22, "final")]
+
+
 # ---- the ends of epochs
 
 
@@ -190,7 +202,15 @@ def newest(run: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("settings", "step"), [({"eval_steps": 3}, 6), ({"eval_strategy": "epoch"}, 4), ({"eval_steps": 5}, 10)], ids=str
+    ("settings", "step"),
+    [
+        ({"eval_steps": 3}, 6),
+        ({"eval_strategy": "epoch"}, 4),
+        ({"eval_steps": 5}, 10),
+        ({"eval_strategy": "no", "eval_on_save": True, "save_steps": 3}, 6),
+        ({"eval_strategy": "no", "eval_on_save": True, "save_strategy": "epoch"}, 8),
+    ],
+    ids=str,
 )
 def test_an_evaluation_that_a_signal_kept_from_its_step_is_made_by_the_resume(tmp_path, settings, step):
     def life(run: Path, *callbacks: TrainerCallback) -> Any:
@@ -211,6 +231,18 @@ def test_an_evaluation_that_a_signal_kept_from_its_step_is_made_by_the_resume(tm
 
 def losses(run: Path) -> list[str]:
     return [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"eval_loss"' in line]
+
+
+def test_an_evaluation_is_made_once_where_a_resume_on_more_ranks_leaves_no_step_of_the_epoch(tmp_path):
+    settings: dict[str, Any] = {"eval_dataset": EVALUATED, "eval_steps": 2, "eval_on_save": True, "save_steps": 4}
+
+    def case(rank: int, world_size: int) -> Any:
+        diary = Diary()
+        trainer_of(DDPTrainer, tmp_path, dataset=Noise(20), callbacks=[diary], max_steps=7, **settings).train()
+        return diary.of("on_epoch_end"), diary.of("on_evaluate")
+
+    train(tmp_path, dataset=Noise(20), max_steps=4, **settings)
+    assert same_on_all(run_ranks(2, case)) == ([4, 6], [6, 7])
 
 
 def test_an_evaluation_that_was_made_is_not_made_again_by_a_resume(tmp_path):

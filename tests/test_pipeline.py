@@ -726,7 +726,7 @@ class MeanWeights:
         self.means = state_dict["means"]
 
 
-def test_what_a_callback_keeps_of_its_own_stage_comes_back_to_it_and_is_never_given_to_another(tmp_path):
+def test_what_a_callback_keeps_of_its_own_stage_comes_back_to_it_and_is_never_given_to_another(tmp_path, caplog):
     def life(max_steps: int) -> dict[str, list[float]]:
         torch.manual_seed(0)
         callback = MeanWeights()
@@ -741,11 +741,10 @@ def test_what_a_callback_keeps_of_its_own_stage_comes_back_to_it_and_is_never_gi
     assert KINDS[1].run(lambda: life(4)) == whole
     assert whole[0].keys() != whole[1].keys()
 
-    def fewer() -> None:
+    with caplog.at_level("WARNING"):
         ONE.trainer(Tower(), tmp_path / "2", max_steps=5, on_step_end=[MeanWeights()]).train()
-
-    with pytest.raises(LoadMismatch, match="callback 'MeanWeights' kept other items on some ranks than on others"):
-        fewer()
+    assert "callback 'MeanWeights' kept tensors of other parts of the model on each rank; declare such state" in caplog.text
+    assert "callback 'MeanWeights' is not in the checkpoint, and starts fresh" in caplog.text
 
 
 def test_two_callbacks_of_one_name_are_refused(tmp_path):

@@ -37,14 +37,18 @@ def taken_over(saved: Sequence[StateDict], old: Topology, new: Topology) -> Stat
     """For another number of ranks: of each callback the state of the first rank that had one, if all that had one had the
     same names, dtypes and shapes.
 
-    `LoadMismatch` where they had not: what a callback keeps of a part of the model that only some ranks have (an average
-    of a stage's weights, say) belongs in a component of its own, with the pattern of that part.
+    What a callback keeps of a part of the model that only some ranks have (an average of a stage's weights, say) is left
+    out, with a warning: it belongs in a component of its own, with the pattern of that part. `LoadMismatch` where ranks
+    with the same part had unlike states.
     """
     taken: StateDict = {}
     for name in dict.fromkeys(name for state in saved for name in state if name != PART):
         first, *others = [state for state in saved if name in state]
         structure = capture({name: first[name]}).structure_digest()
         if any(capture({name: state[name]}).structure_digest() != structure for state in others):
+            if any(part_saved(state, name) != part_saved(first, name) for state in others):
+                logger.warning("callback %r kept tensors of other parts of the model on each rank; %s", name, AS_COMPONENT)
+                continue
             raise LoadMismatch(
                 f"callback {name!r} kept other items on some ranks than on others, which cannot be dealt out over another "
                 f"number of ranks; {AS_COMPONENT}"

@@ -182,11 +182,11 @@ class Trainer:
         kept from the steps before. There is nothing to save yet: that is done after the first step."""
         step = self.progress.step
         agreed = manager.agree(step, self.events.take_wishes(), must=True)
-        is_owed = (
-            manager.resumed is not None
-            and self.progress.evaluated_step not in (None, step)
-            and self.is_evaluation_due(ends_epoch=step > 0 and self.loader.position.samples == 0)
-        )
+        is_owed = False
+        if manager.resumed is not None and self.progress.evaluated_step is not None:
+            ends_epoch = self.loader.position.samples == 0
+            is_save_due = manager.schedule.due(step, is_epoch_end=ends_epoch) is not None
+            is_owed = self.is_evaluation_due(ends_epoch=ends_epoch, is_save_due=is_save_due)
         if self.can_evaluate and (is_owed or agreed.evaluate) and not agreed.ends_training:
             agreed |= self.evaluate_and_tell(manager)
         manager.postpone(agreed)
@@ -224,13 +224,17 @@ class Trainer:
         if ends_epoch or agreed.end_epoch:
             agreed |= self.end_epoch(manager, is_early=not ends_epoch)
             ends_epoch = True
+        due = manager.schedule.due(step, is_epoch_end=ends_epoch)
         if args.validate_replication_steps and is_multiple(step, args.validate_replication_steps):
             self.validate_replication(manager)
-        due = manager.schedule.due(step, is_epoch_end=ends_epoch)
         if self.can_evaluate and not agreed.abort and agreed.signal is None:  # after a signal time is short
-            is_judged = args.eval_on_save and (due is not None or agreed.save)
-            if agreed.evaluate or is_judged or self.is_evaluation_due(ends_epoch=ends_epoch):
+            is_save_due = due is not None or agreed.save
+            if agreed.evaluate or self.is_evaluation_due(ends_epoch=ends_epoch, is_save_due=is_save_due):
                 agreed |= self.evaluate_and_tell(manager)
+        if agreed.end_epoch and not ends_epoch:  # asked for in the evaluation
+            agreed |= self.end_epoch(manager, is_early=True)
+            ends_epoch = True
+            due = manager.schedule.due(step, is_epoch_end=True)
         if agreed.log and not is_log_due:
             self.log()
         if kind := kind_to_save(due, agreed):
@@ -247,11 +251,12 @@ class Trainer:
         self.tell(manager, "on_epoch_end")
         return manager.agree(self.progress.step, self.events.take_wishes(), must=True)
 
-    def is_evaluation_due(self, *, ends_epoch: bool = False) -> bool:
-        """By the arguments, after the last step."""
-        if self.args.eval_strategy == "steps":
-            return self.can_evaluate and is_multiple(self.progress.step, self.args.eval_steps)
-        return self.can_evaluate and self.args.eval_strategy == "epoch" and ends_epoch
+    def is_evaluation_due(self, *, ends_epoch: bool = False, is_save_due: bool = False) -> bool:
+        """By the arguments, after the last step, of which there is none yet."""
+        args, step = self.args, self.progress.step
+        is_due = {"steps": is_multiple(step, args.eval_steps), "epoch": ends_epoch, "no": False}[args.eval_strategy]
+        is_judged = args.eval_on_save and is_save_due
+        return self.can_evaluate and step not in (0, self.progress.evaluated_step) and (is_due or is_judged)
 
     def resume(self, manager: CheckpointManager) -> Path | None:
         """Load what `resume_from_checkpoint` asks for; the path that was loaded, None for a fresh start.
