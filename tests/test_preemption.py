@@ -532,7 +532,8 @@ def test_a_job_of_torchrun_with_data_workers_ends_in_good_order_and_goes_on(
         sent(job, torchrun.agents[0])
         ended = torchrun.wait()
         assert torchrun.pids == [], "neither ranks nor workers are left"
-    assert ended.returncode == 1
+    # torchrun raises from its handler: a second signal may find it in C++, and abort it, when the ranks have ended
+    assert ended.returncode in ((1, -signal.SIGABRT) if number == USR1 else (1,)), ended.output
     assert job.exit_codes == [128 + number] * 2, ended.output
     [*_, (ends, kind)] = kept(job.run)
     assert kind == "emergency"
