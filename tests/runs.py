@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from forgather_ckpt import catalog
+from forgather_ckpt import catalog, strict_json
 from forgather_ckpt.callbacks import TrainerCallback, TrainerControl, TrainerState
 from forgather_ckpt.data.seeding import item_generator
 from forgather_ckpt.demo.contents import contents
@@ -130,6 +130,12 @@ def kept(run: Path) -> list[tuple[int, str]]:
     """(step, kind) of the checkpoints that are there, oldest first."""
     found = catalog.scan(run).checkpoints
     return [(one.manifest.step, one.manifest.kind) for one in reversed(found)]
+
+
+def logged(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `JsonlLogger`, but for when something happened and how long it took."""
+    lines = [strict_json.loads(line, what="a line", max_bytes=10_000) for line in path.read_bytes().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("time", "seconds")} for line in lines]
 
 
 def same_on_all(outcomes: list[Outcome]) -> Any:

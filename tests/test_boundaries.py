@@ -18,7 +18,7 @@ from forgather_ckpt.callbacks import JsonlLogger, TrainerCallback
 from forgather_ckpt.demo.contents import contents
 from forgather_ckpt.trainers import DDPTrainer, Trainer, TrainingArguments
 from tests.ranks import run_ranks
-from tests.runs import AskAt, Diary, Net, Noise, kept, same_on_all, trainer_of
+from tests.runs import AskAt, Diary, Net, Noise, kept, logged, same_on_all, trainer_of
 
 SHORT = Noise(16)
 """An epoch of 4 steps."""
@@ -226,11 +226,11 @@ def test_an_evaluation_that_a_signal_kept_from_its_step_is_made_by_the_resume(tm
     assert before + after == expected
     if step < 10:  # else there is nothing to save any more
         assert contents(newest(tmp_path / "stopped")) == contents(newest(tmp_path / "undisturbed"))
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "undisturbed")
+    assert evaluations(tmp_path / "stopped") == evaluations(tmp_path / "undisturbed")
 
 
-def losses(run: Path) -> list[str]:
-    return [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"eval_loss"' in line]
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    return [line for line in logged(run / "metrics.jsonl") if "eval_loss" in line]
 
 
 def test_an_evaluation_is_made_once_where_a_resume_on_more_ranks_leaves_no_step_of_the_epoch(tmp_path):

@@ -19,6 +19,7 @@ import torch
 from forgather_ckpt import strict_json
 from forgather_ckpt.callbacks import JsonlLogger
 from forgather_ckpt.trainers import Trainer, TrainingArguments
+from tests.runs import logged
 from tests.training_events import Events
 
 NAME = "metrics.jsonl"
@@ -290,15 +291,12 @@ def test_the_log_of_a_trainer_that_was_interrupted_and_resumed_is_that_of_an_und
         if trainer.progress.step == 11:
             raise Interrupted
 
-    def facts(run: Path) -> list[dict[str, Any]]:
-        return [{**line, "time": None, "seconds": None} for line in lines(run / NAME)]
-
     train_in_earnest(tmp_path / "undisturbed")
     with pytest.raises(Interrupted):
         train_in_earnest(tmp_path / "resumed", on_step_end=[interrupt])
     assert [line["step"] for line in lines(tmp_path / "resumed" / NAME)][-1] == 10
     train_in_earnest(tmp_path / "resumed")
-    assert facts(tmp_path / "resumed") == facts(tmp_path / "undisturbed")
+    assert logged(tmp_path / "resumed" / NAME) == logged(tmp_path / "undisturbed" / NAME)
 
 
 # ---- a disk that fails
