@@ -1,7 +1,6 @@
 """`CheckpointManager`: when to save, what to keep, when to stop, around a `CheckpointCoordinator`."""
 
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,27 +8,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from forgather_ckpt import annotations, attempts, catalog, choice, prompt, pruning, requests, space
-from forgather_ckpt.changes import compare_arguments, refuse_risky, told
+from forgather_ckpt import annotations, catalog, choice, pruning, requests
 from forgather_ckpt.control import NOTHING, Pace, Wishes, merged, refuse_unlike
 from forgather_ckpt.coordinator import CheckpointCoordinator
 from forgather_ckpt.declarations import Source
-from forgather_ckpt.deleter import Deleter
-from forgather_ckpt.errors import CheckpointError, CheckpointNotFound, DeclarationError, RankTimeout, StorageError
+from forgather_ckpt.errors import DeclarationError, StorageError
+from forgather_ckpt.housekeeping import Housekeeping
 from forgather_ckpt.load import LoadReport
-from forgather_ckpt.manifest import CheckpointManifest
 from forgather_ckpt.metrics import as_number
-from forgather_ckpt.policies import Best, Policy, Stored, parts
-from forgather_ckpt.resume import is_by_rank
-from forgather_ckpt.retention import Protected, best_checkpoints_summary, countable, from_arguments
-from forgather_ckpt.run_clock import RunClock, SaveCosts
+from forgather_ckpt.policies import Policy, bests
+from forgather_ckpt.retention import Protected, best_checkpoints_summary, from_arguments
+from forgather_ckpt.run_clock import RunClock
 from forgather_ckpt.signals import STOP_SIGNALS, SignalGuard, exit_code, signal_numbers
+from forgather_ckpt.start import Start
 from forgather_ckpt.triggers import SaveSchedule
 
 logger = logging.getLogger(__name__)
-
-SAVES_PER_STORAGE_LINE = 10
-_DELETING_SECONDS = 30.0
 
 
 class CheckpointManager:
@@ -104,20 +98,20 @@ class CheckpointManager:
         """How long training stood still for it."""
         self.ending = Wishes()
         """What ends the training, once that has been agreed."""
-        self._training_args = dict(training_args or {})
-        self._strict_args = strict_args
         self._on_storage_error = on_storage_error
-        self._max_load_attempts = max_load_attempts
-        self._grace_seconds = grace_seconds
+        self._start = Start(
+            self.coordinator,
+            self.policy,
+            saves=self.schedule.saves,
+            max_load_attempts=max_load_attempts,
+            training_args=dict(training_args or {}),
+            strict_args=strict_args,
+            is_interrupted=lambda: self.guard.received is not None,
+        )
+        self._housekeeping = Housekeeping(self.run, self.policy, grace_seconds=grace_seconds)
         self._pace = Pace(control_steps)
         self._clock = RunClock()
         self._pending = Wishes()
-        self._is_on_trial = False
-        """Rank 0: a checkpoint is being loaded, or was, and no step has been done since: if the job dies now, it may be
-        because of that. An error, or the end of the training, is no death."""
-        self._deleter = Deleter()
-        self._costs = SaveCosts()
-        self._told: set[str] = set()
 
     def __enter__(self) -> Self:
         self.guard.__enter__()
@@ -154,21 +148,13 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._is_on_trial and not self._is_of_a_death(error):
-            self._end_trial()
+        self._start.end(error)
         self.close()
-
-    def _is_of_a_death(self, error: BaseException | None) -> bool:
-        """Whether another rank died, and this one is left to tell. Torch's own exchanges fail without saying why."""
-        if isinstance(error, RankTimeout):
-            return True
-        is_torchs = isinstance(error, RuntimeError) and not isinstance(error, CheckpointError)
-        return is_torchs and bool(self.coordinator.ranks_that_died())
 
     def close(self) -> None:
         """Give the run directory and the signals back. A second call does nothing."""
         try:
-            self._deleter.close(_DELETING_SECONDS)
+            self._housekeeping.close()
             self.coordinator.close()
         finally:
             self.guard.__exit__(None, None, None)  # last: the launcher ends this rank when another one has ended
@@ -182,32 +168,11 @@ class CheckpointManager:
         where there is none), "best", a step, a path, or False for a fresh start. None asks the person at the terminal,
         where there is something to resume from; without a terminal that is an error.
         """
-        asked = str(which)
-        answer = self.coordinator.agree("choosing how to start", lambda: {"resume": asked}, self._choose_start)
-        if which is None:
-            which = answer
-        if which is False:
-            self._tell_fresh_start()
+        report = self._start.load(which)
+        if report is None:
             return 0
-        if isinstance(which, str) and is_by_rank(which) and self._bests:
-            which = self.coordinator.agree("choosing the best", lambda: None, lambda _: self._path_of_best(str(which)))
-        is_newest = which is True or which in ("latest", "auto")
-        avoid: Sequence[str] = self._exhausted() if is_newest else ()
-        try:
-            report = self._load(None if is_newest else which, avoid)
-        except CheckpointNotFound as err:
-            if avoid:
-                raise  # there are checkpoints: a fresh start would go over them
-            if which == "auto":
-                return 0
-            if is_newest:
-                raise CheckpointNotFound(
-                    f"{self.run} has no checkpoint to resume from; with "
-                    'resume_from_checkpoint="auto" the run starts fresh where there is none',
-                    path=str(self.run),
-                ) from err
-            raise
         self.resumed = report
+        self._housekeeping.protected = Protected(resumed_from=report.digest)
         is_own = self.coordinator.agree(
             "comparing run directories", lambda: None, lambda _: report.path.parent.resolve() == self.run.resolve()
         )
@@ -215,92 +180,6 @@ class CheckpointManager:
         self._clock.begin(report.elapsed_seconds or 0.0)
         self._pace.next_step = report.step
         return report.step
-
-    def _choose_start(self, asked: Sequence[Mapping[str, str]]) -> prompt.Answer | None:
-        """Rank 0: the person's answer, where nothing else says what to go on from."""
-        refuse_unlike(asked)
-        return self._ask() if asked[0]["resume"] == str(None) else None
-
-    def _ask(self) -> prompt.Answer:
-        """Rank 0: what the person who started the job wants to go on from."""
-        found = pruning.survey(catalog.scan(self.run))
-        if not found or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            return "auto"  # which tells of damaged ones, or else starts fresh; torchrun's restarts go on with the job
-        if not prompt.is_terminal():
-            raise DeclarationError(prompt.without_terminal(self.run, found), path=str(self.run))
-        best = next(iter(self._bests), None)
-        return prompt.ask(self.run, found, best=best, while_waiting=self._while_waiting)
-
-    def _tell_fresh_start(self) -> None:
-        """Rank 0: what there is of an earlier run is not safe from this one."""
-        found = pruning.survey(catalog.scan(self.run)) if self.rank == 0 and self.schedule.saves else []
-        if found:
-            logger.warning(
-                "a fresh start in %s, which holds %d checkpoints, the newest of step %d: this run's policy counts them with "
-                "its own and removes what it does not keep, and its saves replace those of the same step",
-                self.run,
-                len(found),
-                found[0].step,
-            )
-
-    def _path_of_best(self, which: str) -> str:
-        """Rank 0: of the best checkpoint, or the next best, by the policy of this job."""
-        best, found = self._bests[0], catalog.scan(self.run)
-        ranked = [one.path for one, _ in best.ranked(countable(pruning.survey(found)))]
-        if not ranked:
-            raise CheckpointNotFound(
-                f"{self.run} has no best checkpoint: none has a finite {best.metric!r}; name another one, 'latest' or a "
-                "step",
-                path=str(self.run),
-            )
-        return str(choice.chosen_of(found, which, ranked=ranked)[0].path)
-
-    def _while_waiting(self) -> None:
-        """While the person takes their time: the other ranks hear that this one is alive, and Ctrl-C is obeyed."""
-        self.coordinator.beat()
-        if self.guard.received is not None:
-            raise KeyboardInterrupt
-
-    def _load(self, which: str | int | Path | None, avoid: Sequence[str]) -> LoadReport:
-        return self.coordinator.load_checkpoint(which, avoid=avoid, inspect=None if self.rank else self._inspect)
-
-    def _exhausted(self) -> list[str]:
-        """The digests of the checkpoints on which the job has died too often."""
-
-        def look(_: list[None]) -> list[str]:
-            given_up = attempts.exhausted(self.run, self._max_load_attempts)
-            return [
-                one.manifest.digest for one in catalog.scan(self.run).checkpoints if one.manifest.digest in given_up
-            ]
-
-        found: list[str] = self.coordinator.agree("looking at earlier attempts", lambda: None, look)
-        return found
-
-    def _inspect(self, manifest: CheckpointManifest) -> None:
-        """Rank 0: before a checkpoint touches anything."""
-        if manifest.training_args and self._training_args:
-            self._tell_changes(manifest)
-        if self.schedule.saves:
-            attempts.begin(self.run, manifest.digest)
-            self._is_on_trial = True
-
-    def _tell_changes(self, manifest: CheckpointManifest) -> None:
-        found = compare_arguments(
-            manifest.training_args,
-            self._training_args,
-            saved_world_size=manifest.world_size,
-            world_size=self.coordinator.topology.world_size,
-            step=manifest.step,
-        )
-        if self._strict_args:
-            refuse_risky(found)
-        if text := told(found):
-            logger.warning("arguments that are not those of the checkpoint of step %d:\n%s", manifest.step, text)
-
-    def _end_trial(self) -> None:
-        if self._is_on_trial:
-            self._is_on_trial = False
-            attempts.succeeded(self.run, self._max_load_attempts)
 
     # The run
 
@@ -387,7 +266,7 @@ class CheckpointManager:
 
     def step_done(self) -> None:
         """A step has been done since the load: it does not kill the job."""
-        self._end_trial()
+        self._start.end_trial()
 
     # Saving
 
@@ -409,7 +288,7 @@ class CheckpointManager:
             )
         except StorageError as err:
             if self.rank == 0:
-                self._prune()  # what an earlier policy has kept may be what there is no room for
+                self._housekeeping.prune()  # what an earlier policy has kept may be what there is no room for
             if self._on_storage_error == "error" or kind in ("final", "emergency") or self.ending.ends_training:
                 raise
             if self.rank == 0:
@@ -417,59 +296,15 @@ class CheckpointManager:
             return None
         self.last_step, self.last_path = step, path
         self.last_save_seconds = time.monotonic() - started
-        self._costs.add(step, self.last_save_seconds, self._clock.elapsed_seconds)
         if self.rank == 0:
-            logger.info("saved %s", path)
-            try:
-                self._tidy_up(path, kind)
-            except Exception as err:  # the checkpoint is there, and training goes on
-                logger.warning("after the save of %s: %s: %s", path.name, type(err).__name__, err)
-        return path
-
-    def _tidy_up(self, path: Path, kind: str) -> None:
-        if self.ending.signal is not None:
-            note = "; ".join(self.ending.reasons)
-            annotations.annotate(path, lambda noted: replace(noted, notes=(*noted.notes, note)))
-        pruned = self._prune()
-        kept = [verdict.checkpoint for verdict in pruned.verdicts if verdict.keep]
-        self._tell_best(path, kept)
-        self._tell_space(pruned)
-        if self.last_save_seconds is not None and self.last_save_seconds > self._grace_seconds:
-            self._warn_once(
-                "grace",
-                f"a save took {self.last_save_seconds:.1f} s, longer than the {self._grace_seconds:g} s that remain after a "
-                "signal (grace_seconds): an emergency checkpoint would be lost. Ask the launcher for more, as with torchrun "
-                "--shutdown-timeout, terminationGracePeriodSeconds of Kubernetes, #SBATCH --signal; see docs/preemption.md",
+            self._housekeeping.after_save(
+                path,
+                step=step,
+                seconds=self.last_save_seconds,
+                elapsed_seconds=self._clock.elapsed_seconds,
+                note=None if self.ending.signal is None else "; ".join(self.ending.reasons),
             )
-
-    def _prune(self) -> pruning.Pruned:
-        """Rank 0: remove what the policy does not keep."""
-        protected = Protected(resumed_from=None if self.resumed is None else self.resumed.digest)
-        return pruning.prune(self.run, self.policy, protected, delete=self._deleter.delete)
-
-    def _tell_best(self, path: Path, kept: Sequence[Stored]) -> None:
-        for best in self._bests:
-            ranked = best.ranked(countable(kept))[: best.n]
-            for place, (one, value) in enumerate(ranked, start=1):
-                if one.path == path:
-                    what = "new best checkpoint" if place == 1 else f"best checkpoint {place} of {best.n}"
-                    logger.info("%s: %s (%s=%.6g)", what, path, best.metric, value)
-
-    def _tell_space(self, pruned: pruning.Pruned) -> None:
-        storage = space.storage(self.run, pruned.left)
-        if self._costs.num_saves % SAVES_PER_STORAGE_LINE == 0:
-            logger.info("%s", space.line(storage))
-            logger.info("%s", self._costs.advice())
-        removed = (storage.largest_recent_bytes or 0) if pruned.removed else 0
-        if shortage := space.shortage(storage, removed_per_save_bytes=removed):
-            self._warn_once("space", shortage)
-        else:
-            self._told.discard("space")
-
-    def _warn_once(self, about: str, text: str) -> None:
-        if about not in self._told:
-            self._told.add(about)
-            logger.warning("%s", text)
+        return path
 
     def note_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Metrics of a step that is saved already: they count for the best from the next save on. Rank 0's are taken."""
@@ -482,17 +317,13 @@ class CheckpointManager:
         except Exception as err:
             logger.warning("the metrics of step %d were not noted: %s: %s", step, type(err).__name__, err)
 
-    @property
-    def _bests(self) -> list[Best]:
-        return [one for one in parts(self.policy) if isinstance(one, Best)]
-
     def get_best_checkpoints_summary(self) -> str:
         """The best checkpoints with their values, a line each, the best first. Empty but on rank 0, and where the policy
         asks for none."""
-        if self.rank != 0 or not self._bests:
+        if self.rank != 0 or not (wanted := bests(self.policy)):
             return ""
         found = pruning.survey(catalog.scan(self.run))
-        return "\n".join(best_checkpoints_summary(best, found) for best in self._bests)
+        return "\n".join(best_checkpoints_summary(best, found) for best in wanted)
 
 
 def kind_to_save(due: str | None, agreed: Wishes) -> str | None:

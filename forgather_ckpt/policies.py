@@ -218,6 +218,11 @@ def parts(policy: Policy) -> tuple[Policy, ...]:
     return policy.policies if isinstance(policy, AnyOf) else (policy,)
 
 
+def bests(policy: Policy) -> list[Best]:
+    """The policies in it that rank checkpoints by a metric."""
+    return [one for one in parts(policy) if isinstance(one, Best)]
+
+
 def _newest(n: int | None, found: Sequence[Stored], word: str) -> Iterator[Opinion]:
     for rank, one in enumerate(found, start=1):
         if n is None:

@@ -40,12 +40,9 @@ class ManyPoints(Points):
 class Job(FSDPTrainer):
     """Saves at once, elsewhere, what it has resumed with."""
 
-    def resume(self, coordinator: CheckpointCoordinator) -> Path | None:
-        path = super().resume(coordinator)
-        if path is not None:
-            with CheckpointCoordinator(self, Path(self.args.output_dir).parent / "loaded", timeout_seconds=30) as other:
-                other.save_checkpoint(self.progress.step)
-        return path
+    def after_load(self) -> None:
+        with CheckpointCoordinator(self, Path(self.args.output_dir).parent / "loaded", timeout_seconds=30) as other:
+            other.save_checkpoint(self.progress.step)
 
 
 class Account:

@@ -47,6 +47,7 @@ LAYERS = [
     ("load",),
     ("warm_start",),
     ("coordinator",),
+    ("start", "housekeeping"),
     ("manager",),
     ("data",),
     ("trainers",),

@@ -35,6 +35,7 @@ from forgather_ckpt.errors import DeclarationError, NoSpace
 from forgather_ckpt.manifest import CheckpointManifest
 from forgather_ckpt.policies import Best, Latest
 from forgather_ckpt.trainers import DDPTrainer, Trainer
+from forgather_ckpt.trainers.run import Run
 from forgather_ckpt.triggers import SaveSchedule
 from tests.components import Box
 from tests.ranks import errors, run_ranks
@@ -512,7 +513,7 @@ def test_metrics_of_a_later_evaluation_of_a_saved_step_count(tmp_path):
     class EvaluateLate(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 4:
-                trainer.evaluate_and_tell(manager)
+                run.evaluate()
 
     trainer = trainer_of(
         Trainer,
@@ -525,7 +526,8 @@ def test_metrics_of_a_later_evaluation_of_a_saved_step_count(tmp_path):
         callbacks=[EvaluateLate()],
     )
     with trainer.create_manager() as manager:
-        trainer.run(manager)
+        run = Run(trainer, manager)
+        run.go()
         summary = manager.get_best_checkpoints_summary()
     newest = catalog.scan(tmp_path).checkpoints[-1]
     assert set(annotations.load(newest.path, newest.manifest.digest).metrics) == {"eval_loss"}

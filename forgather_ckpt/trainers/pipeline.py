@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from forgather_ckpt.data.batches import Batch, Samples
 from forgather_ckpt.data.dispatch import DispatchingLoader
 from forgather_ckpt.data.loader import StatefulLoader
 from forgather_ckpt.data.position import merge_positions
-from forgather_ckpt.manager import CheckpointManager
 from forgather_ckpt.patterns import SharingPattern, ValidationLevel
 from forgather_ckpt.replication import describe
 from forgather_ckpt.trainers.arguments import TrainingArguments
@@ -190,14 +188,11 @@ class PipelineTrainer(DistributedTrainer):
                     found[ranks] = group
         return found
 
-    def resume(self, manager: CheckpointManager) -> Path | None:
-        path = super().resume(manager)
-        if path is not None:
-            # A group without parameters here is stored with those of other ranks; many schedules go on from its rate.
-            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-                if not group["params"]:
-                    group["lr"] = rate
-        return path
+    def after_load(self) -> None:
+        # A group without parameters here is stored with those of other ranks; many schedules go on from its rate.
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            if not group["params"]:
+                group["lr"] = rate
 
     # The data
 

@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from forgather_ckpt.manager import CheckpointManager
 from forgather_ckpt.patterns import ValidationLevel
 from forgather_ckpt.trainers.distributed import DistributedTrainer
 from forgather_ckpt.trainers.trainer import unwrapped
@@ -38,19 +37,11 @@ class ReplicatedTrainer(DistributedTrainer):
         """The model in `DistributedDataParallel`, where there are other ranks."""
         raise NotImplementedError
 
-    def save(self, manager: CheckpointManager, kind: str) -> None:
-        self.synchronize_buffers()
-        super().save(manager, kind)
-
-    def validate_replication(self, manager: CheckpointManager) -> None:
-        self.synchronize_buffers()
-        super().validate_replication(manager)
-
     def evaluate(self) -> dict[str, float]:
         """With rank 0's buffers on all ranks, and afterwards each with its own again: what DDP makes of them it does at
         its own time."""
         own = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        self.synchronize_buffers()
+        self.settle_copies()
         try:
             return super().evaluate()
         finally:
@@ -62,9 +53,9 @@ class ReplicatedTrainer(DistributedTrainer):
         """The module inside DDP, which would exchange buffers, and so wait for ranks that have fewer batches."""
         return self.wrapped if self.ddp is None else self.ddp.module
 
-    def synchronize_buffers(self) -> None:
+    def settle_copies(self) -> None:
         """Buffers such as BatchNorm's differ until DDP copies rank 0's over the others', before the next forward pass.
-        Doing that now changes nothing in the training, and makes the copies equal, as they are declared."""
+        Doing that now changes nothing in the training."""
         if self.ddp is not None and self.ddp.broadcast_buffers:
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, src=0)

@@ -2,9 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -14,14 +13,11 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from forgather_ckpt.callbacks.events import TrainerCallback, TrainerState
 from forgather_ckpt.component import StateComponent
-from forgather_ckpt.control import Wishes, refuse_unlike
 from forgather_ckpt.data.batches import Batch, Samples, map_leaves
-from forgather_ckpt.data.loader import StatefulLoader, in_groups
+from forgather_ckpt.data.loader import StatefulLoader
 from forgather_ckpt.data.position import merge_positions
-from forgather_ckpt.data.seeding import mixed_seed, seed_all
-from forgather_ckpt.differences import mismatch_error
-from forgather_ckpt.load import LoadReport
-from forgather_ckpt.manager import CheckpointManager, kind_to_save
+from forgather_ckpt.data.seeding import seed_all
+from forgather_ckpt.manager import CheckpointManager
 from forgather_ckpt.optimizer import NamedOptimizer
 from forgather_ckpt.patterns import SharingPattern, ValidationLevel
 from forgather_ckpt.rng import RNGState
@@ -37,6 +33,7 @@ from forgather_ckpt.trainers.evaluation import (
 )
 from forgather_ckpt.trainers.events import Events, StepMetrics
 from forgather_ckpt.trainers.progress import Progress, TrainResult
+from forgather_ckpt.trainers.run import Run
 from forgather_ckpt.trainers.schedule import is_multiple, lr_factor
 
 logger = logging.getLogger(__name__)
@@ -114,7 +111,7 @@ class Trainer:
         self.grad_norm: torch.Tensor | None = None
         """Of the last step, before clipping; None where gradients are not clipped."""
         self._evaluation: EvaluationBatches | None = None
-        self._evaluated: tuple[int, dict[str, float]] = (-1, {})
+        self.evaluated: tuple[int, dict[str, float]] = (-1, {})
         """The last evaluation: at which step, and what it found."""
 
     # The run
@@ -127,18 +124,7 @@ class Trainer:
         """
         seed_all(self.args.seed + self.random_stream)
         with self.create_manager() as manager:
-            manager.coordinator.agree("comparing the ranks", self.common_facts, refuse_unlike)
-            resumed_from = self.resume(manager)
-            with self._told_to_callbacks(manager):
-                self.run(manager)
-            self._tell_end(manager)
-        return TrainResult(
-            steps=self.progress.step,
-            loss=self.progress.last_loss.item() if self.progress.step else None,
-            resumed_from=resumed_from,
-            stop_reason="; ".join(manager.ending.reasons) or None,
-            exit_code=manager.exit_code,
-        )
+            return Run(self, manager).train()
 
     def create_manager(self) -> CheckpointManager:
         """What saves, keeps and loads the checkpoints of this run."""
@@ -165,192 +151,19 @@ class Trainer:
         length = self.loader.position.num_samples
         return {**settings, "len(train_dataset)": length, "has eval_dataset": self.can_evaluate}
 
-    def run(self, manager: CheckpointManager) -> None:
-        """The loop over epochs and steps, until the training is finished or the ranks have agreed to end it."""
-        self.wrapped.train()
-        self.begin(manager)
-        while not self.is_over(manager):
-            self.run_epoch(manager)
-        agreed = manager.agree(self.progress.step, self.events.take_wishes(), must=True)  # of the last steps
-        if agreed.evaluate and self.can_evaluate and not agreed.abort:
-            agreed |= self.evaluate_and_tell(manager)
-        if manager.saves_at_end(agreed):
-            self.save(manager, manager.kind_of_last)
-
-    def begin(self, manager: CheckpointManager) -> None:
-        """Before the first step: what was wished at the start and in the load, and the evaluation that a signal has
-        kept from the steps before. There is nothing to save yet: that is done after the first step."""
-        step = self.progress.step
-        agreed = manager.agree(step, self.events.take_wishes(), must=True)
-        is_owed = False
-        if manager.resumed is not None and self.progress.evaluated_step is not None:
-            ends_epoch = self.loader.position.samples == 0
-            is_save_due = manager.schedule.due(step, is_epoch_end=ends_epoch) is not None
-            is_owed = self.is_evaluation_due(ends_epoch=ends_epoch, is_save_due=is_save_due)
-        if self.can_evaluate and (is_owed or agreed.evaluate) and not agreed.ends_training:
-            agreed |= self.evaluate_and_tell(manager)
-        manager.postpone(agreed)
-
-    def run_epoch(self, manager: CheckpointManager) -> None:
-        """The rest of an epoch, or as much of it as the ranks agree to do."""
-        self.tell(manager, "on_epoch_begin")
-        groups = in_groups(self.loader, self.batches_per_step)
-        for batches in groups:
-            self.tell(manager, "on_step_begin")
-            loss = self.training_step(batches)
-            if not isinstance(loss, torch.Tensor):
-                raise TypeError(
-                    f"{type(self).__name__}.training_step returned {loss!r}; return this rank's mean loss, a tensor"
-                )
-            self.finish_step(self.reduce_loss(loss))
-            manager.step_done()
-            if is_last := len(self.loader) == 0:
-                next(groups, None)  # the loader moves on to the next epoch
-            if self.after_step(manager, ends_epoch=is_last) or self.is_over(manager):
-                return
-        self.after_step(manager, ends_epoch=True)  # a resume, on more ranks perhaps, has left no step of the epoch
-
-    def is_over(self, manager: CheckpointManager) -> bool:
-        return self.is_finished() or manager.ending.ends_training
-
-    def after_step(self, manager: CheckpointManager, *, ends_epoch: bool) -> bool:
-        """What is due after a step, which may be the last of its epoch: let the ranks agree, evaluate, log, save, in this
-        order, so that a resume from the checkpoint has nothing to make up for. Whether the epoch ends here, by the ranks'
-        will too."""
-        args, step = self.args, self.progress.step
-        is_log_due = is_multiple(step, args.logging_steps)
-        is_due = is_log_due or self.is_evaluation_due() or manager.schedule.is_due(step)
-        agreed = manager.agree(step, self.events.take_wishes(), must=is_due)
-        if ends_epoch or agreed.end_epoch:
-            agreed |= self.end_epoch(manager, is_early=not ends_epoch)
-            ends_epoch = True
-        due = manager.schedule.due(step, is_epoch_end=ends_epoch)
-        if args.validate_replication_steps and is_multiple(step, args.validate_replication_steps):
-            self.validate_replication(manager)
-        if self.can_evaluate and not agreed.abort and agreed.signal is None:  # after a signal time is short
-            is_save_due = due is not None or agreed.save
-            if agreed.evaluate or self.is_evaluation_due(ends_epoch=ends_epoch, is_save_due=is_save_due):
-                agreed |= self.evaluate_and_tell(manager)
-        if agreed.end_epoch and not ends_epoch:  # asked for in the evaluation
-            agreed |= self.end_epoch(manager, is_early=True)
-            ends_epoch = True
-            due = manager.schedule.due(step, is_epoch_end=True)
-        if agreed.log and not is_log_due:
-            self.log()
-        if kind := kind_to_save(due, agreed):
-            self.save(manager, kind)
-        return ends_epoch
-
-    def end_epoch(self, manager: CheckpointManager, *, is_early: bool) -> Wishes:
-        """Count the epoch, whose rest is left out if it ends early, and tell the callbacks; what the ranks then agree on."""
-        if is_early:
-            self.loader.end_epoch()
-        self.progress.epoch += 1
-        if is_early:
-            self.total_steps = self.count_total_steps()  # as a resume from here finds it
-        self.tell(manager, "on_epoch_end")
-        return manager.agree(self.progress.step, self.events.take_wishes(), must=True)
-
-    def is_evaluation_due(self, *, ends_epoch: bool = False, is_save_due: bool = False) -> bool:
-        """By the arguments, after the last step, of which there is none yet."""
-        args, step = self.args, self.progress.step
-        is_due = {"steps": is_multiple(step, args.eval_steps), "epoch": ends_epoch, "no": False}[args.eval_strategy]
-        is_judged = args.eval_on_save and is_save_due
-        return self.can_evaluate and step not in (0, self.progress.evaluated_step) and (is_due or is_judged)
-
-    def resume(self, manager: CheckpointManager) -> Path | None:
-        """Load what `resume_from_checkpoint` asks for; the path that was loaded, None for a fresh start.
-
-        All that draws numbers at the start has been made by now: the generators are loaded last.
-        """
-        manager.resume(self.args.resume_from_checkpoint)
-        report = manager.resumed
-        if report is None:
-            return None
-        self.resume_random_streams(manager, report)
-        self.total_steps = self.count_total_steps()
-        self.state.resumed_from = report.path
-        if self.rank == 0:
-            logger.info("resumed from %s at step %d", report.path, self.progress.step)
-        return report.path
-
-    def resume_random_streams(self, manager: CheckpointManager, report: LoadReport) -> None:
-        """Begin new streams, not those that the run began with, where the checkpoint's are not for these ranks: in another
-        world size, or where other ranks than before are to draw alike, as along tensor parallelism."""
-        saved, own = self.generators.loaded_stream, self.random_stream
-        if "rng" in report.loaded and manager.coordinator.agree(
-            "comparing random streams", lambda: saved not in (None, own), any
-        ):
-            reason = "starts fresh: other ranks drew alike where it was saved"
-            report = manager.resumed = report.without("rng", reason)
-            if self.rank == 0:
-                logger.warning("component 'rng' was not loaded: %s", reason)
-        if "rng" in report.skipped:
-            seed_all(mixed_seed(self.args.seed, own, self.progress.step))
-
-    def validate_replication(self, manager: CheckpointManager) -> None:
-        """Compare the ranks' copies of what they share; what differs ends the training, or is told."""
-        step = self.progress.step
-        reports = manager.coordinator.validate_replication(self.args.validate_replication_level, step=step)
-        if all(report.is_equal for report in reports.values()):
-            return
-        error = mismatch_error(reports.values())
-        if self.args.on_replica_mismatch == "error":
-            raise error
-        logger.warning("at step %d: %s", step, error.message)
-
-    def save(self, manager: CheckpointManager, kind: str) -> None:
-        """Save, unless this step is saved already, or the evaluation before it aborts the training."""
-        step, position = self.progress.step, self.loader.position
-        if step == 0 or manager.last_step == step:
-            return
-        if self.args.eval_on_save and self.can_evaluate and manager.ending.signal is None:
-            if self._evaluated[0] != step:
-                self.evaluate_and_tell(manager)
-            if manager.ending.abort:
-                return
-            if kind == "final":  # a signal may have come in the evaluation
-                kind = manager.kind_of_last
-        path = manager.save(
-            step,
-            epoch=self.progress.epoch + position.samples / position.num_samples,
-            metrics={
-                "loss": self.progress.last_loss.item(),
-                **(self._evaluated[1] if self._evaluated[0] == step else {}),
-            },
-            kind=kind,
-        )
-        if path is not None:
-            self.tell(manager, "on_save", path=path, kind=kind)
-
     # Evaluation
 
     @property
     def can_evaluate(self) -> bool:
         return self.eval_dataset is not None
 
-    def evaluate_and_tell(self, manager: CheckpointManager) -> Wishes:
-        """Evaluate, tell the callbacks, and let the ranks agree on what these ask for."""
-        step = self.progress.step
-        if self._evaluation is None:
-            manager.coordinator.agree("loading the evaluation data", self._begin_evaluation, refuse_unlike)
-        metrics = self.evaluate()
-        self._evaluated = step, dict(metrics)  # of a subclass's own evaluate too
-        self.progress.evaluated_step = step
-        if manager.last_step == step:
-            manager.note_metrics(step, metrics)
-        if self.rank == 0:
-            logger.info("step %d: %s", step, ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
-        self.tell(manager, "on_evaluate", metrics=metrics)
-        return manager.agree(step, self.events.take_wishes(), must=True)
-
     def evaluate(self) -> dict[str, float]:
         """The mean metrics of the evaluation dataset, named `eval_…`, the same on all ranks.
 
         Training goes on as if it had not been: its random numbers, modes and data stay as they are.
         """
-        if self._evaluation is None:
-            self._begin_evaluation()
+        if not self.has_evaluation_data:
+            self.load_evaluation_data()
         with undisturbed(self.model, self.args.seed + self.random_stream):
             sums = self.evaluation_sums()
         names = sorted(sums)
@@ -358,10 +171,15 @@ class Trainer:
         totals = self.reduce_sums(torch.stack([sums[name].double() for name in names])).tolist()
         weight = totals[names.index(NUM_SAMPLES)]
         metrics = {name: total / weight for name, total in zip(names, totals, strict=True) if name != NUM_SAMPLES}
-        self._evaluated = self.progress.step, metrics
+        self.evaluated = self.progress.step, metrics
         return metrics
 
-    def _begin_evaluation(self) -> dict[str, Any]:
+    @property
+    def has_evaluation_data(self) -> bool:
+        return self._evaluation is not None
+
+    def load_evaluation_data(self) -> dict[str, Any]:
+        """Make the dataset, when it is first needed; what of it must be the same on all ranks."""
         self._evaluation = self.create_evaluation()
         return {"len(eval_dataset)": self._evaluation.num_samples}
 
@@ -412,43 +230,19 @@ class Trainer:
         """What is called in an evaluation."""
         return self.wrapped
 
-    # Telling
+    # How far it has come
 
-    @contextmanager
-    def _told_to_callbacks(self, manager: CheckpointManager) -> Iterator[None]:
-        """Around the run: the callbacks hear of its beginning, and of its end however it ends."""
-        self.tell(manager, "on_train_begin")
-        error: BaseException | None = None
-        try:
-            yield
-        except BaseException as err:
-            error = err
-            raise
-        finally:
-            self.tell(manager, "on_train_end", error=error)
-            self.events.tell_failures()
-
-    def tell(self, manager: CheckpointManager, event: str, **facts: Any) -> None:
-        """Call an event of all callbacks, with where the run is."""
-        state = self.update_state()
-        state.last_checkpoint, state.last_checkpoint_step = manager.last_path, manager.last_step
-        state.last_save_seconds = manager.last_save_seconds
-        self.events.tell(event, **facts)
+    @property
+    def epochs_done(self) -> float:
+        """With the part of the current one."""
+        position = self.loader.position
+        return self.progress.epoch + position.samples / position.num_samples
 
     def update_state(self) -> TrainerState:
-        state, position = self.state, self.loader.position
-        state.global_step, state.max_steps = self.progress.step, self.total_steps
-        state.epoch = self.progress.epoch + position.samples / position.num_samples
-        return state
-
-    def _tell_end(self, manager: CheckpointManager) -> None:
-        if self.rank != 0:
-            return
-        told = "; ".join(manager.ending.reasons)
-        lines = ["Training complete!" if not manager.ending.ends_training else f"Training ended: {told}"]
-        lines += filter(None, [manager.get_best_checkpoints_summary()])
-        rule = "=" * 60
-        logger.info("%s", "\n".join([rule, *lines, rule]))
+        """What callbacks see, as it is now."""
+        self.state.global_step, self.state.max_steps = self.progress.step, self.total_steps
+        self.state.epoch = self.epochs_done
+        return self.state
 
     def is_finished(self) -> bool:
         if self.args.max_steps > 0:
@@ -465,6 +259,22 @@ class Trainer:
         return self.progress.step + max(0, left)
 
     # One step
+
+    def step(self, batches: Sequence[Batch]) -> None:
+        """Train one step, count it, log if it is time, and call the hooks and callbacks."""
+        loss = self.training_step(batches)
+        if not isinstance(loss, torch.Tensor):
+            raise TypeError(
+                f"{type(self).__name__}.training_step returned {loss!r}; return this rank's mean loss, a tensor"
+            )
+        self.progress.add_step(self.reduce_loss(loss))
+        if is_multiple(self.progress.step, self.args.logging_steps):
+            self.log()
+        for hook in self.on_step_end:
+            hook(self)
+        if self.events.callbacks:
+            self.update_state()
+            self.events.tell("on_step_end", metrics=StepMetrics(self.step_numbers()))
 
     def training_step(self, batches: Sequence[Batch]) -> torch.Tensor:
         """One optimizer step over these micro-batches; this rank's mean loss over them."""
@@ -517,17 +327,6 @@ class Trainer:
     def clip_gradients(self) -> torch.Tensor:
         """Clip to `max_grad_norm`; the norm before."""
         return nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
-
-    def finish_step(self, loss: torch.Tensor) -> None:
-        """Count the step, log if it is time, and call the hooks and callbacks."""
-        self.progress.add_step(loss)
-        if is_multiple(self.progress.step, self.args.logging_steps):
-            self.log()
-        for hook in self.on_step_end:
-            hook(self)
-        if self.events.callbacks:
-            self.update_state()
-            self.events.tell("on_step_end", metrics=StepMetrics(self.step_numbers()))
 
     def step_numbers(self) -> dict[str, torch.Tensor | float]:
         """What there is to tell of the last step, where it lies."""
@@ -627,6 +426,13 @@ class Trainer:
         return GradScaler(self.device.type, enabled=self.args.fp16)
 
     # What several processes do differently
+
+    def after_load(self) -> None:
+        """After a checkpoint has been loaded, before the first step."""
+
+    def settle_copies(self) -> None:
+        """Before the ranks' copies are saved or compared: make equal what is declared so and differs between steps. It
+        changes nothing in the training."""
 
     def gradient_exchange(self, is_last: bool) -> AbstractContextManager[None]:
         """Around the forward and backward pass of one micro-batch."""
