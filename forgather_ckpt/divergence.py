@@ -4,11 +4,12 @@ Steps are compared in their order, those that both logs have, frame by frame: as
 the same columns. Of a step that was recorded several times the last recording counts. Memory is that of two frames
 and their headers, whatever the number of steps.
 
-Logs of two ranks are compared in what the ranks share: components that were declared to be each rank's own, and items
-that were declared to differ, are left out.
+Logs of two ranks are compared in what the ranks share: components that were declared to be each rank's own, items
+that were declared to differ, and parts of tensors that one of them alone has, are left out.
 """
 
 import fnmatch
+import glob
 import itertools
 import operator
 import re
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from forgather_ckpt import names
 from forgather_ckpt.digest_log import Column, DigestLog, Frame, Header
 from forgather_ckpt.errors import FormatError
 from forgather_ckpt.hashtree import DIGEST_BYTES
@@ -81,7 +83,8 @@ class Remarks:
     varying: dict[tuple[str, str], None] = field(default_factory=dict)
     """(component, item) that differ between ranks by design."""
     only_in_a: dict[tuple[str, str], None] = field(default_factory=dict)
-    """(component, item) that only A recorded, and B was told not to, or has not the component of."""
+    """(component, item) that only A recorded, and B was told not to, or has not the component of, or that is a part of a
+    tensor that B, another rank, has not."""
     only_in_b: dict[tuple[str, str], None] = field(default_factory=dict)
 
 
@@ -113,8 +116,8 @@ class Divergence:
 def find(a: DigestLog, b: DigestLog, choice: Choice | None = None, *, every: bool = False) -> Divergence:
     """Compare up to the first step that differs, or with `every` all that both have.
 
-    `FormatError` where a digest of one algorithm would have to be compared with one of another, and where a frame that
-    is needed is damaged.
+    `FormatError` where a digest of one algorithm would have to be compared with one of another, or a tensor with one that
+    was cut otherwise, and where a frame that is needed is damaged.
     """
     common = sorted(a.by_step.keys() & b.by_step.keys())
     remarks = Remarks()
@@ -166,6 +169,9 @@ class Repeats:
     num_steps: int
     first_different: StepSummary | None
     """The lowest step at which two recordings differ. After an exact resume there is none."""
+    num_incomparable: int = 0
+    """Of the steps, those of which recordings cannot be compared: the job went on with digests of another algorithm, or
+    with tensors that are cut otherwise."""
 
 
 def repeats(log: DigestLog) -> Repeats:
@@ -173,18 +179,23 @@ def repeats(log: DigestLog) -> Repeats:
     matchings = _Matchings(Choice(), Remarks())
     before: dict[int, int] = {}
     repeated: set[int] = set()
+    incomparable: set[int] = set()
     first: StepSummary | None = None
     for number, frame in enumerate(log.frames()):
         if frame.step in before:
             repeated.add(frame.step)
             earlier = log.frame(before[frame.step])
-            matching = matchings.of(earlier, frame)
-            if (first is None or frame.step < first.step) and not matching.is_equal(earlier.digests, frame.digests):
-                places = matching.places(earlier.digests, frame.digests)
-                found = matching.differences(earlier.header, frame.header, places[:1])
-                first = StepSummary(frame.step, len(matching.known) + len(places), found[0].column)
+            try:
+                matching = matchings.of(earlier, frame)
+            except FormatError:
+                incomparable.add(frame.step)
+            else:
+                if (first is None or frame.step < first.step) and not matching.is_equal(earlier.digests, frame.digests):
+                    places = matching.places(earlier.digests, frame.digests)
+                    found = matching.differences(earlier.header, frame.header, places[:1])
+                    first = StepSummary(frame.step, len(matching.known) + len(places), found[0].column)
         before[frame.step] = number
-    return Repeats(len(repeated), first)
+    return Repeats(len(repeated), first, len(incomparable))
 
 
 class _Run(NamedTuple):
@@ -254,6 +265,7 @@ def _match(a: Header, b: Header, choice: Choice, remarks: Remarks) -> _Matching:
     is_left_out = _left_out(a, b, choice, remarks)
     ours = [(place, column) for place, column in enumerate(a.columns) if not is_left_out(column)]
     theirs = {column[:2]: (place, column) for place, column in enumerate(b.columns) if not is_left_out(column)}
+    tensors = [{_tensor(column) for _, column in side} for side in (ours, theirs.values())]
     known: list[tuple[int, Difference]] = []
     pairs: list[tuple[int, int]] = []
     only = _only(a, b)
@@ -261,7 +273,7 @@ def _match(a: Header, b: Header, choice: Choice, remarks: Remarks) -> _Matching:
     for place, column in ours:
         match = theirs.pop(column[:2], None)
         if match is None:
-            if only(column):
+            if not _is_other_part(a, b, column, tensors[1]) and only(column):
                 known.append((place, Difference(Change.ONLY_IN_A, column, None)))
             else:
                 remarks.only_in_a[column.component, column.name] = None
@@ -274,7 +286,7 @@ def _match(a: Header, b: Header, choice: Choice, remarks: Remarks) -> _Matching:
                 known.append((place, Difference(Change.STRUCTURE, column, match[1])))
         num_items += 1
     for _, column in theirs.values():
-        if only(column):
+        if not _is_other_part(a, b, column, tensors[0]) and only(column):
             known.append((len(a.columns), Difference(Change.ONLY_IN_B, None, column)))
             num_items += 1
         else:
@@ -294,12 +306,15 @@ def _left_out(a: Header, b: Header, choice: Choice, remarks: Remarks) -> Callabl
     excluded = _any_of(choice.exclude)
 
     def is_left_out(column: Column) -> bool:
-        if (choice.components and column.component not in choice.components) or excluded(column.name):
+        name = _tensor(column)[1]
+        if choice.components and column.component not in choice.components:
+            return True
+        if excluded(name) or excluded(column.name):
             return True
         if column.component in own:
             remarks.own[column.component] = None
             return True
-        if column.component in varies and varies[column.component](column.name):
+        if column.component in varies and varies[column.component](name):
             remarks.varying[column.component, column.name] = None
             return True
         return False
@@ -321,13 +336,33 @@ def _only(a: Header, b: Header) -> Callable[[Column], bool]:
     return lambda column: is_same_recording and column.component in components
 
 
+def _tensor(column: Column) -> tuple[str, str]:
+    """Component and name of an item; of a part of a tensor, those of the tensor."""
+    return column.component, names.item_shown(column.name, len(column.shape or ()))
+
+
+def _is_other_part(a: Header, b: Header, column: Column, others: Collection[tuple[str, str]]) -> bool:
+    """Whether an item that one side alone has is a part of a tensor that is its rank's own, and no difference; `others`
+    are those of which the other side has something. `FormatError` where one rank has the tensor cut otherwise."""
+    component, name = _tensor(column)
+    if a.rank != b.rank:
+        return name != column.name or (component, name) in others
+    if (component, name) in others:
+        raise FormatError(
+            f"{component}: {name!r} is cut otherwise in A than in B: only one of them has {column.name!r}. Digests of unlike "
+            "parts say nothing about each other; compare runs on the same number of ranks in the same layout, or leave such "
+            f"items out: --exclude {shlex.quote(glob.escape(name))}"
+        )
+    return False
+
+
 def _refuse_other_algorithm(a: Column, b: Column) -> None:
     if a.dtype is None or b.dtype is None or a.algorithm == b.algorithm:
         return
     raise FormatError(
         f"{a.component}: {a.name!r} was recorded with {a.algorithm} in A and {b.algorithm} in B. Digests of different "
         "algorithms are never compared: they differ for equal bytes too. Record both with the tensors on the same kind of "
-        f"device, or leave such items out: --exclude {shlex.quote(a.name)}"
+        f"device, or leave such items out: --exclude {shlex.quote(glob.escape(_tensor(a)[1]))}"
     )
 
 

@@ -7,6 +7,7 @@ Every name is valid Unicode: a str key that is not (lone surrogates) is written 
 """
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -32,6 +33,8 @@ class TupleIndex:
 PART_MARK = "~#"
 """Between an item's name and which part of it: no name holds it, since `~` is escaped."""
 
+_SHOWN_BOX = re.compile(r"\[\d+:\d+(?:,\d+:\d+)*\]\Z", re.ASCII)
+
 _INT_LIMIT = 10**4000
 """Python refuses to print integers of more than 4,300 digits."""
 
@@ -52,6 +55,12 @@ def item_name(key: str) -> str:
 def shown(name: str, box: Sequence[tuple[int, int]] | None) -> str:
     """What to call an item, or the part of it in `box`: `w[0:4,8:16]`."""
     return name if box is None else f"{name}[{box_text(box)}]"
+
+
+def item_shown(text: str, num_dimensions: int) -> str:
+    """The name of the item that `shown` calls `text`, where it has so many dimensions: `w` of `w[0:4,8:16]`."""
+    match = _SHOWN_BOX.search(text)
+    return text if match is None or match[0].count(":") != num_dimensions else text[: match.start()]
 
 
 def box_text(box: Sequence[tuple[int, int]]) -> str:

@@ -28,11 +28,15 @@ Items = Mapping[str, Any]
 """`component:name` -> what is digested: a tensor's content as a str (its dtype is float32), or an int for a value."""
 
 
-def column(name: str, content: Any, algorithm: str = "xxh3_128") -> Column:
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of tensors of which a log has parts, `component:w[0:4,0:3]`."""
+
+
+def column(name: str, content: Any, algorithm: str = "xxh3_128", shapes: Shapes | None = None) -> Column:
     component, _, item = name.partition(":")
     if isinstance(content, int):
         return Column(component, item, None, None, "xxh3_128")
-    return Column(component, item, "float32", (len(content),), algorithm)
+    return Column(component, item, "float32", (shapes or {}).get(item.partition("[")[0], (len(content),)), algorithm)
 
 
 def write(
@@ -43,6 +47,7 @@ def write(
     algorithm: str = "xxh3_128",
     patterns: Mapping[str, str] | None = None,
     varies: Sequence[str] = (),
+    shapes: Shapes | None = None,
     **options: Any,
 ) -> Path:
     """Append to a log in the directory `path`."""
@@ -52,7 +57,7 @@ def write(
     for step, items in steps.items() if isinstance(steps, Mapping) else steps:
         keys = dict.fromkeys(name.partition(":")[0] for name in items)
         parts = [Part(key, patterns.get(key), tuple(varies)) for key in keys]
-        columns = [column(name, content, algorithm) for name, content in items.items()]
+        columns = [column(name, content, algorithm, shapes) for name, content in items.items()]
         writer.write(step, parts, columns, b"".join(hashtree.digest(repr(one).encode()) for one in items.values()))
     writer.close()
     return log
@@ -318,7 +323,7 @@ def test_of_a_step_recorded_again_the_last_counts_and_show_tells_whether_it_was_
     assert "1 step recorded more than once, each time with the same digests" in fgckpt("digests", "show", one).out
     [data] = fgckpt("digests", "show", two, "--json").data["ranks"]
     assert (data["steps"], data["recordings"]) == (5, 7)
-    assert data["recorded_again"] == {"steps": 2, "first_different": 4}
+    assert data["recorded_again"] == {"steps": 2, "first_different": 4, "not_comparable": 0}
 
 
 # ---- no telling
@@ -336,6 +341,58 @@ def test_digests_of_other_algorithms_are_refused_with_the_reason(fgckpt: Fgckpt,
     )
     assert fgckpt("digests", "diff", one, two, "--exclude", "[xym]").code == 0
     assert fgckpt("digests", "diff", one, two, "--json").out == ""
+
+
+def test_steps_recorded_again_with_another_algorithm_or_cut_are_no_damage(fgckpt: Fgckpt, tmp_path: Path) -> None:
+    """As by a job that was stopped on GPUs, or on more ranks, and resumed elsewhere."""
+    write(tmp_path, {1: A, 2: A, 3: A}, algorithm="multilinear61x2")
+    write(tmp_path, {2: A, 3: A})
+    write(tmp_path, {3: {"model:x[0:1]": "a", **{name: item for name, item in A.items() if name != "model:x"}}})
+    told = fgckpt("digests", "show", tmp_path)
+    assert told.code == 0
+    assert "2 steps recorded more than once, 2 steps with digests that cannot be compared, of another algor" in told.out
+    [data] = fgckpt("digests", "show", tmp_path, "--json").data["ranks"]
+    assert data["recorded_again"] == {"steps": 2, "first_different": None, "not_comparable": 2}
+
+
+def test_parts_that_one_rank_alone_has_are_its_own_and_of_other_cuts_there_is_no_telling(
+    fgckpt: Fgckpt, tmp_path: Path
+) -> None:
+    """As under FSDP, where each rank has its rows; `bias` is empty on rank 1, and `norm` whole on both."""
+    patterns = {"model": "replicated"}
+    first = {"model:w[0:2,0:3]": "aa", "model:bias[0:1]": "b", "model:norm": "n", "model:var[0:2,0:3]": "0"}
+    second = {"model:w[2:4,0:3]": "bb", "model:norm": "n", "model:var[2:4,0:3]": "1"}
+    shapes = {"w": (4, 3), "var": (4, 3), "bias": (1,)}
+    write(tmp_path / "a", {1: first}, rank=0, patterns=patterns, varies=["v?r"], shapes=shapes)
+    write(tmp_path / "a", {1: second}, rank=1, patterns=patterns, varies=["v?r"], shapes=shapes)
+    equal = fgckpt("digests", "diff", f"{tmp_path / 'a'}@0", f"{tmp_path / 'a'}@1")
+    assert (equal.code, equal.err) == (0, "")
+    assert "recorded in A only, not compared: model: w[0:2,0:3], model: bias[0:1]\n" in equal.out
+    assert "recorded in B only, not compared: model: w[2:4,0:3]\n" in equal.out
+    assert "to differ between ranks: model: var[0:2,0:3], model: var[2:4,0:3]\n" in equal.out
+    assert "equal: 1 recorded step, 1 item at each" in equal.out
+    write(tmp_path / "a", {1: {**second, "model:norm": "m"}}, rank=1, patterns=patterns, shapes=shapes)
+    pairs = fgckpt("digests", "diff", f"{tmp_path / 'a'}@0", f"{tmp_path / 'a'}@1", "--json").data["ranks"]
+    assert names(pairs[0]) == ["model:norm bytes"]
+
+    # the same rank in runs that are cut otherwise
+    write(tmp_path / "b", {1: {**first, "model:w[0:2,0:3]": "!"}}, rank=0, patterns=patterns, shapes=shapes)
+    one, two = f"{tmp_path / 'a'}@0", f"{tmp_path / 'b'}@0"
+    assert names(fgckpt("digests", "diff", one, two, "--json").data["ranks"][0]) == ["model:w[0:2,0:3] bytes"]
+    assert fgckpt("digests", "diff", one, two, "--exclude", "w").code == 0
+    other = {("model:w[0:1,0:3]" if name == "model:w[0:2,0:3]" else name): item for name, item in first.items()}
+    write(tmp_path / "b", {1: other}, rank=0, patterns=patterns, shapes=shapes)
+    refused = fgckpt("digests", "diff", one, two)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.startswith(
+        "fgckpt: step 1: model: 'w' is cut otherwise in A than in B: only one of them has 'w[0:2,0:3]'. Digests of unlike "
+    )
+    assert refused.err.endswith("or leave such items out: --exclude w\n")
+    assert fgckpt("digests", "diff", one, two, "--exclude", "w").code == 0
+    # a part that is not there at all on one side is a difference, as any item is
+    del first["model:bias[0:1]"]
+    write(tmp_path / "b", {1: first}, rank=0, patterns=patterns, shapes=shapes)
+    assert names(fgckpt("digests", "diff", one, two, "--json").data["ranks"][0]) == ["model:bias[0:1] only_in_a"]
 
 
 def test_an_algorithm_that_changes_on_the_way_is_refused_where_it_matters(fgckpt: Fgckpt, tmp_path: Path) -> None:

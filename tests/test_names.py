@@ -111,3 +111,9 @@ def test_any_text_is_one_canonical_name_or_refused(name):
 def test_b36_an_int_key_that_python_would_not_print_is_refused_with_its_path():
     with pytest.raises(values.NotPlain, match="at most 4,000 digits"):
         names.encode_path(("a", 10**5000))
+
+
+def test_the_item_of_a_part_is_told_from_what_is_shown_of_it():
+    for name in ("w", "w[0:2]", "layers/~l0/w"):
+        assert names.item_shown(names.shown(name, [(0, 4), (8, 16)]), 2) == name
+        assert names.item_shown(names.shown(name, None), 2) == name

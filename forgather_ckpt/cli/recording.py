@@ -144,15 +144,26 @@ def _notes(one: _Shown | _Damaged) -> Iterator[str]:
         return
     if one.num_torn_bytes:
         yield f"{name}: {one.cut_off}"
-    if one.repeats.num_steps:
-        first = one.repeats.first_different
-        what = (
-            "each time with the same digests"
-            if first is None
-            else f"with other digests from step {first.step} on: {text.plural(first.num_different, 'item')} there, the first is "
+    if repeats := one.repeats.num_steps:
+        yield f"{name}: {text.plural(repeats, 'step')} recorded more than once, {_compared_again(one.repeats)}"
+
+
+def _compared_again(repeats: Repeats) -> str:
+    first = repeats.first_different
+    parts = []
+    if first is not None:
+        parts.append(
+            f"with other digests from step {first.step} on: {text.plural(first.num_different, 'item')} there, the first is "
             f"{text.printable(f'{first.first.component}: {first.first.name}')}"
         )
-        yield f"{name}: {text.plural(one.repeats.num_steps, 'step')} recorded more than once, {what}"
+    elif repeats.num_incomparable < repeats.num_steps:
+        parts.append("each time with the same digests")
+    if repeats.num_incomparable:
+        parts.append(
+            f"{text.plural(repeats.num_incomparable, 'step')} with digests that cannot be compared, of another algorithm or "
+            "of tensors that are cut otherwise"
+        )
+    return "; ".join(parts)
 
 
 def _write_items(shown: Sequence[_Shown | _Damaged], *, with_items: bool) -> None:
@@ -208,7 +219,11 @@ def _log_data(one: _Shown | _Damaged, *, with_items: bool) -> dict[str, Any]:
         "first_step": one.first_step,
         "last_step": one.last_step,
         "recordings": one.num_recordings,
-        "recorded_again": {"steps": one.repeats.num_steps, "first_different": None if first is None else first.step},
+        "recorded_again": {
+            "steps": one.repeats.num_steps,
+            "first_different": None if first is None else first.step,
+            "not_comparable": one.repeats.num_incomparable,
+        },
     }
     header = one.header
     if header is None:
