@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
@@ -119,7 +119,7 @@ class DigestRecorder:
         """
         if self.directory is None:
             raise DeclarationError('say where to record: DigestRecorder("runs/mine/digests")')
-        if isinstance(step, bool) or not isinstance(step, int):
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**63:
             raise DeclarationError(f"step is {step!r}; use a number of steps, from 0")
         if step % self.every_n_steps == 0:
             rank, world_size = _place_in_job()
@@ -205,8 +205,29 @@ class _Source(NamedTuple):
 
 
 def _sources(components: States) -> list[_Source]:
+    """`DeclarationError` for what a log could not hold, or could not be read from."""
     if isinstance(components, Mapping):
+        for key, stateful in components.items():
+            if not isinstance(key, str) or not key:
+                raise DeclarationError(f"a component to record is called {key!r}; the name must be a non-empty string")
+            if not (
+                stateful is None or isinstance(stateful, Mapping) or callable(getattr(stateful, "state_dict", None))
+            ):
+                raise DeclarationError(
+                    f"component {key!r} is a {type(stateful).__name__}; give what has a state_dict(), a state dict, or None"
+                )
         return [_Source(Part(key, None), stateful) for key, stateful in components.items()]
+    components = list(components) if isinstance(components, Iterable) else [components]
+    for component in components:
+        if not isinstance(component, StateComponent):
+            raise DeclarationError(
+                f"cannot record a {type(component).__name__}; give a list of StateComponent, or names with what is recorded "
+                'under them: {"model": model}'
+            )
+    if len(keys := {component.key for component in components}) < len(components):
+        raise DeclarationError(
+            f"of {len(components)} components to record some have one key; the keys are {sorted(keys)}"
+        )
     return [
         _Source(
             Part(component.key, component.sharing_pattern.value, tuple(component.validation_exclude)),

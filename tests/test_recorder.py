@@ -208,6 +208,33 @@ def test_a_loop_of_ones_own_says_where(tmp_path: Path) -> None:
         DigestRecorder().record(1, {"x": {"y": 1}})
 
 
+@pytest.mark.parametrize(
+    ("step", "components", "problem"),
+    [
+        (-1, {"x": {"y": 1}}, "step is -1; use a number of steps"),
+        (2**63, {"x": {"y": 1}}, "step is 9223372036854775808; use"),
+        (1, {7: {"y": 1}}, "a component to record is called 7; the name must be a non-empty string"),
+        (1, {"x": torch.ones(2)}, "component 'x' is a Tensor; give what has a state_dict"),
+        (1, nn.Linear(1, 1), 'cannot record a Linear; give a list of StateComponent, or names .*: {"model": model}'),
+        (1, [nn.Linear(1, 1)], "cannot record a Linear; give"),
+        (
+            1,
+            [StateComponent("x", Box({}), SharingPattern.REPLICATED)] * 2,
+            "of 2 components to record some have one key",
+        ),
+    ],
+)
+def test_what_a_log_cannot_hold_is_refused_and_harms_none(
+    tmp_path: Path, step: int, components: Any, problem: str
+) -> None:
+    with DigestRecorder(tmp_path) as recorder:
+        recorder.record(0, {"x": {"y": 1}})
+        with pytest.raises(DeclarationError, match=problem):
+            recorder.record(step, components)
+        recorder.record(1, {"x": {"y": 1}})
+    assert [frame.step for frame in frames(tmp_path / LOG)] == [0, 1]
+
+
 # ---- as a hook
 
 
