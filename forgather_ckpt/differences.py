@@ -25,6 +25,8 @@ _NUM_NAMED_ITEMS = 5
 _NUM_NAMED_VALUES = 3
 _MAX_RANKS_CHARS = 60
 _MAX_VALUE_CHARS = 40
+_CONTEXT_CHARS = 10
+"""Of two long values, shown before they differ."""
 _MAX_ENTRY_CHARS = 60
 
 MIN_WIDTH = 40
@@ -314,11 +316,12 @@ def _detail(item: ItemDifference) -> str:
         measured = measured if copy.elements is None else measured.merge(copy.elements)
     if facts := _place_and_size(measured):
         return f" ({', '.join(facts)})"
-    others = [_value(copy.value) for copy in item.minorities if copy.value is not None]
-    if item.value is None or not others:
+    own, *copies = _values(item)
+    others = [value for value in copies if value is not None]
+    if own is None or not others:
         return ""
     shown = others[:_NUM_NAMED_VALUES] + (["…"] if len(others) > _NUM_NAMED_VALUES else [])
-    return f" ({_value(item.value)} against {', '.join(shown)})"
+    return f" ({own} against {', '.join(shown)})"
 
 
 def _place_and_size(elements: ElementDifference) -> list[str]:
@@ -355,8 +358,9 @@ def _set_lines(difference: SetDifference, width: int) -> list[str]:
     column = max(map(len, names), default=0)
     for item, name, fact in zip(shown, names, facts, strict=True):
         lines.append(f"    {name:<{column}}  {fact}")
-        for copy in item.minorities[:_NUM_SHOWN_COPIES]:
-            lines += _wrapped(f"{_ranks_word(copy.ranks)} {_ranks(copy.ranks)}: {_copy_facts(copy)}", 6, width)
+        for copy, value in zip(item.minorities[:_NUM_SHOWN_COPIES], _values(item)[1:], strict=False):
+            facts_of_copy = (value or "differs") if copy.elements is None else copy.elements.text()
+            lines += _wrapped(f"{_ranks_word(copy.ranks)} {_ranks(copy.ranks)}: {facts_of_copy}", 6, width)
         if (more := len(item.minorities) - _NUM_SHOWN_COPIES) > 0:
             lines.append(f"      and {_plural(more, 'more state')}")
     if (more := difference.num_items - len(shown)) > 0:
@@ -369,13 +373,8 @@ def _set_lines(difference: SetDifference, width: int) -> list[str]:
 def _facts(item: ItemDifference) -> str:
     if item.kind == "tensor":
         return f"{item.dtype} {list(item.shape or ())}"
-    return item.kind if item.value is None else f"{item.kind} {_value(item.value)}"
-
-
-def _copy_facts(copy: Copy) -> str:
-    if copy.elements is not None:
-        return copy.elements.text()
-    return "differs" if copy.value is None else _value(copy.value)
+    value = _values(item)[0]
+    return item.kind if value is None else f"{item.kind} {value}"
 
 
 def _wrapped(text: str, indent: int, width: int) -> list[str]:
@@ -400,8 +399,17 @@ def _ranks(ranks: Ranks) -> str:
     return f"{text[: text.rindex(',', 0, _MAX_RANKS_CHARS)]}, … ({len(ranks)} ranks)"
 
 
-def _value(text: str) -> str:
-    return _shown(text, _MAX_VALUE_CHARS)
+def _values(item: ItemDifference) -> list[str | None]:
+    """The majority's value and those of the minorities, of long ones what surrounds the first place where they differ."""
+    texts = [item.value, *(copy.value for copy in item.minorities)]
+    known = _known(*texts)
+    # as much before that as there is room for, where little follows
+    too_long = max(map(len, known), default=0) + 1 - _MAX_VALUE_CHARS
+    columns = enumerate(zip(*known, strict=False))
+    first = next((place for place, letters in columns if len(set(letters)) > 1), min(map(len, known), default=0))
+    start = max(0, min(first - _CONTEXT_CHARS, too_long))
+    head = "…" if start else ""
+    return [None if text is None else _shown(head + text[start:], _MAX_VALUE_CHARS) for text in texts]
 
 
 def _shown(text: str, limit: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from forgather_ckpt import elements, memory, names
+from forgather_ckpt import elements, hashtree, memory, names
 from forgather_ckpt.bytewise import HOST, Suspects
 from forgather_ckpt.differences import Copy, ElementDifference, ItemDifference, SetDifference
 from forgather_ckpt.digests import Blocks
@@ -152,7 +152,12 @@ def _description(holding: Holding, name: str, blocks: Blocks, suspects: Mapping[
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[: _MAX_SHOWN_CHARS - 1]}…"
+    """Texts that differ still do."""
+    if len(text) <= _MAX_SHOWN_CHARS:
+        return text
+    return (
+        f"{text[: _MAX_SHOWN_CHARS - 1]}… ({len(text)} characters, digest {hashtree.digest(text.encode()).hex()[:8]})"
+    )
 
 
 def _items(

@@ -160,6 +160,24 @@ def test_the_text_is_bounded_however_much_differs(width):
     assert any("… (512 ranks)" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        (("a" * 41, "a" * 40 + "b"), ("…" + "a" * 39, "…" + "a" * 38 + "b")),
+        (("[" + "1, " * 90 + "2]", "[" + "1, " * 30 + "7, " + "1, " * 59 + "2]"), ("… 1, 1, 1, 1,", "… 1, 1, 1, 7,")),
+        (("b" + "a" * 99, "c" + "a" * 99), ("baaa", "caaa")),
+        (("a" * 50, "a" * 99), ("…" + "a" * 9, "…" + "a" * 9)),
+    ],
+)
+def test_of_long_values_the_place_is_shown_where_they_differ(values, shown):
+    found = report(one_set(rate("v", values[0], (1, values[1]))))
+    majority, minority = [line.split() for line in found.text().splitlines()[-2:]]
+    assert " ".join(majority[2:]).startswith(shown[0])
+    assert " ".join(minority[2:]).startswith(shown[1])
+    assert f"'v' ({shown[0]}" in error_text([found])
+    assert f" against {shown[1]}" in error_text([found])
+
+
 def test_names_and_values_do_not_move_the_cursor():
     item = rate("a\nb\x1b[2J", "line\none", (1, "line\ttwo"))
     text = report(one_set(item, entry="se\rt"), component="mo\ndel").text()
