@@ -7,6 +7,7 @@ memory, so that it takes none until it is used, and processes on one machine sha
 import mmap
 import os
 from collections.abc import Mapping, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ def _map(path: Path, size: int) -> mmap.mmap | None:
 def _checked(box: Sequence[tuple[int, int]], row: TensorRow) -> Box:
     """`box`, if it lies in the tensor; `DeclarationError` where it does not."""
     try:
-        part = tuple((int(start), int(stop)) for start, stop in box)
+        part = tuple((index(start), index(stop)) for start, stop in box)
     except (TypeError, ValueError):
         part = ()
     is_inside = all(0 <= start <= stop <= length for (start, stop), length in zip(part, row.shape, strict=False))

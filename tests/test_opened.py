@@ -232,8 +232,11 @@ def test_a_box_reads_only_the_blocks_in_which_it_lies(path):
 
 @pytest.mark.parametrize(
     "box",
-    [((0, 1),), ((0, 1), (0, 65)), ((-1, 1), (0, 1)), ((2, 1), (0, 1)), "ab", ((0,), (1,)), 3, ((None, 1), (0, 1))],
-)
+    [
+        ((0, 1),), ((0, 1), (0, 65)), ((-1, 1), (0, 1)), ((2, 1), (0, 1)), "ab", ((0,), (1,)), 3, ((None, 1), (0, 1)),
+        ((0.5, 1), (0, 1)),
+    ],
+)  # fmt: skip
 def test_a_box_outside_the_tensor_is_refused(runs, box):
     with pytest.raises(DeclarationError, match=r"box is .*; use \(start, stop\) for each dimension of \[135168, 64\]"):
         open_checkpoint(runs[1]).tensor("model", "large", box)
