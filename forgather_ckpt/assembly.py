@@ -15,7 +15,7 @@ import torch
 from forgather_ckpt import sharded, structure, values
 from forgather_ckpt.boxes import overlap, whole_box
 from forgather_ckpt.component import Available, Target
-from forgather_ckpt.errors import FormatError, LoadMismatch
+from forgather_ckpt.errors import CheckpointError, FormatError, LoadMismatch
 from forgather_ckpt.index import AliasRow, IndexEntry, TensorRow, ValueRow
 from forgather_ckpt.memory import flat_bytes, is_flat
 from forgather_ckpt.pieces import item_problems
@@ -186,14 +186,26 @@ def _place(
         if not staged and _is_dense(existing.tensor):
             _fill(assembly, component, rows, _regions(existing))
             return existing.tensor
-    if target is not None and target.mesh is not None and target.placements is not None:
-        made = sharded.empty(first.shape, dtype, target.mesh, target.placements)
-        _fill(assembly, component, rows, [Region(box, part) for box, part in sharded.parts(made)])
-        return made
-    device = "cpu" if target is None or staged else target.device
-    tensor = torch.empty(first.shape, dtype=dtype, device=device)
-    _fill(assembly, component, rows, [Region(whole_box(first.shape), tensor)])
-    return tensor
+    try:
+        if target is not None and target.mesh is not None and target.placements is not None:
+            dtensor = sharded.empty(first.shape, dtype, target.mesh, target.placements)
+            made: torch.Tensor = dtensor
+            regions = [Region(box, part) for box, part in sharded.parts(dtensor)]
+        else:
+            device = torch.device("cpu" if target is None or staged else target.device)
+            if device.type == "meta":
+                raise LoadMismatch("the meta device has no memory; materialize what it is to be like first")
+            made = torch.empty(first.shape, dtype=dtype, device=device)
+            regions = [Region(whole_box(first.shape), made)]
+    except Exception as err:
+        told = err.message if isinstance(err, CheckpointError) else f"{type(err).__name__}: {err}"
+        raise LoadMismatch(
+            f"component {component!r}: {first.name!r}, {first.dtype} {list(first.shape)}, cannot be made where it is to go: "
+            f"{told}",
+            component=component,
+        ) from err
+    _fill(assembly, component, rows, regions)
+    return made
 
 
 def _regions(item: TensorItem | ShardedItem) -> list[Region]:

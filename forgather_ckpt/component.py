@@ -39,6 +39,16 @@ class Target:
     def __post_init__(self) -> None:
         if (self.mesh is None) != (self.placements is None):
             raise DeclarationError("a Target takes mesh= and placements= together, or neither")
+        if self.mesh is not None and self.placements is not None and len(self.placements) != self.mesh.ndim:
+            raise DeclarationError(
+                f"a Target has the placements {list(self.placements)} on a mesh of {self.mesh.ndim} axes; give one for each"
+            )
+        try:
+            torch.device(self.device)
+        except (RuntimeError, TypeError) as err:
+            raise DeclarationError(
+                f"a Target's device is {self.device!r}; use one such as 'cpu' or 'cuda:0' ({err})"
+            ) from None
 
     @classmethod
     def like(cls, tensor: torch.Tensor) -> Self:

@@ -54,6 +54,12 @@ class CheckpointError(Exception):
         self.path = self.path if self.path is not None else path
         return self
 
+    def in_component(self, key: str) -> Self:
+        """The same error, with the component in its message too."""
+        told = f"component {key!r}"
+        message = self.message if self.message.startswith(told) else f"{told}: {self.message}"
+        return type(self)(message, rank=self.rank, component=key, path=self.path)
+
 
 class DeclarationError(CheckpointError, ValueError):
     """Components were declared wrongly, or differently on different ranks."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from forgather_ckpt import reading, structure
 from forgather_ckpt.assembly import Assembly, Stored, assemble, content_of
-from forgather_ckpt.component import ChoosesTargets, StateComponent, StateDict, Target
+from forgather_ckpt.component import Available, ChoosesTargets, StateComponent, StateDict, Target
 from forgather_ckpt.entries import Resize, check_pattern, entry_for
 from forgather_ckpt.errors import CheckpointError, LoadMismatch, StorageError
 from forgather_ckpt.job import Job
@@ -101,7 +101,7 @@ def _told_by(component: StateComponent, doing: str) -> Iterator[None]:
     try:
         yield
     except CheckpointError as err:
-        raise err.at(component=component.key) from None
+        raise err.in_component(component.key) from err
     except Exception as err:
         raise LoadMismatch(
             f"component {component.key!r}: {doing} raised {type(err).__name__}: {err}", component=component.key
@@ -256,9 +256,7 @@ def _recipe(
         assemblies = [assemble(one, None, {}) for one in stored]
         return Recipe(component, stored, assemblies, True, manifest)
     whole = library.entry(component.key, entry)
-    targets: Mapping[str, Target | None] = {}
-    if isinstance(component.stateful, ChoosesTargets):
-        targets = component.stateful.load_targets(whole.available())
+    targets = targets_of(component, whole.available())
     taken = 0
     asked = {name for name, target in targets.items() if target is not None}
     refused = targets.keys() - asked
@@ -277,6 +275,26 @@ def _recipe(
         _check_module(component, whole, live)
     assemblies = [assemble(whole, live, targets, staged=staged)]
     return Recipe(component, [whole], assemblies, False, manifest, f"{taken:x}", asked)
+
+
+def targets_of(component: StateComponent, available: Mapping[str, Available]) -> Mapping[str, Target | None]:
+    """Where the stateful wants the items that there are, if it says so."""
+    if not isinstance(component.stateful, ChoosesTargets):
+        return {}
+    with _told_by(component, "load_targets()"):
+        targets = component.stateful.load_targets(available)
+        if not isinstance(targets, Mapping):
+            raise LoadMismatch(
+                f"component {component.key!r}: load_targets() returned {targets!r}; return a dict of item names, each with a "
+                "Target, or None for what is not wanted"
+            )
+        for name, target in targets.items():
+            if target is not None and not isinstance(target, Target):
+                raise LoadMismatch(
+                    f"component {component.key!r}: load_targets() returned {target!r} for {name!r}; return a Target, or None "
+                    "for what is not wanted"
+                )
+    return targets
 
 
 def _bits(names: Sequence[str], chosen: Collection[str]) -> int:

@@ -378,7 +378,7 @@ def _why_not_storable(tensor: torch.Tensor) -> str | None:
     if tensor.is_nested:
         return "nested tensors cannot be checkpointed; store their parts"
     if tensor.is_meta:
-        return "a meta tensor has no data; materialize it before saving"
+        return "a meta tensor has no data; materialize it first, as by module.to_empty(device=…)"
     if tensor.is_quantized:
         return "quantized tensors cannot be checkpointed; store int_repr(), scale and zero point"
     if tensor.layout != torch.strided:

@@ -24,7 +24,7 @@ from forgather_ckpt.job import Job
 from forgather_ckpt.library import Library
 from forgather_ckpt.load import apply, take_live
 from forgather_ckpt.matching import Match, Rules, match, matches, patterns, renamed, some_of
-from forgather_ckpt.prepare import Live, Recipe, check_declared, open_library, refuse_shared_memory
+from forgather_ckpt.prepare import Live, Recipe, check_declared, open_library, refuse_shared_memory, targets_of
 from forgather_ckpt.structure import ShardedItem, State
 
 logger = logging.getLogger(__name__)
@@ -198,8 +198,7 @@ def _prepare(job: Job, request: Request, live: Live, path: Path, digest: str) ->
         try:
             recipe, starts[key] = _recipe(component, live.states[key], stored, rules, library)
         except CheckpointError as err:
-            message = f"component {key!r}: {err.message}"
-            raise type(err)(message, component=key) from err
+            raise err.in_component(key) from err
         recipes.append(recipe)
         stored_names |= stored.names
         job_names.update(starts[key].loaded, starts[key].kept)
@@ -247,7 +246,7 @@ def _recipe(
     usable = stored.names
     if isinstance(component.stateful, ChoosesTargets):
         available = {name: what for name, what in stored.available().items() if rules.asks_for(name)}
-        chosen = component.stateful.load_targets(available)
+        chosen = targets_of(component, available)
         targets = {name: target for name, target in chosen.items() if target is not None}
         usable -= {name for name, target in chosen.items() if target is None}
     ties = {name: [name] for name in sorted(live.names - set(live.aliases))}

@@ -11,7 +11,7 @@ from torch import nn
 from forgather_ckpt import CheckpointCoordinator, SharingPattern, StateComponent, Target, dtypes, hashtree, memory
 from forgather_ckpt.assembly import assemble, gather
 from forgather_ckpt.component import Available
-from forgather_ckpt.errors import FormatError, LoadMismatch, StructureError
+from forgather_ckpt.errors import CheckpointError, FormatError, LoadMismatch, StructureError
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.index import AliasRow, IndexEntry, TensorRow, ValueRow
 from forgather_ckpt.structure import capture
@@ -310,6 +310,35 @@ def test_what_is_not_wanted_is_not_read(tmp_path):
     with coordinator(tmp_path, chooser) as loading:
         loading.load_checkpoint(1)
     assert_same(chooser.items, {"a": torch.ones(2)})
+
+
+@pytest.mark.parametrize(
+    ("targets", "shown"),
+    [
+        (lambda: {}["a"], "component 'c': load_targets() raised KeyError: 'a'"),
+        (lambda: None, "component 'c': load_targets() returned None; return a dict of item names"),
+        (lambda: {"a": "cpu"}, "component 'c': load_targets() returned 'cpu' for 'a'; return a Target, or None"),
+        (
+            lambda: {"a": Target("meta")},
+            "'a', float32 [2], cannot be made where it is to go: the meta device has no memory",
+        ),
+        (lambda: {"a": Target("nowhere")}, "component 'c': a Target's device is 'nowhere'; use one such as"),
+        (lambda: {"a": Target("mtia:7")}, "component 'c': 'a', float32 [2], cannot be made where it is to go: "),
+    ],
+)
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_a_choice_that_means_nothing_is_told_and_touches_nothing(tmp_path, targets, shown, is_warm):
+    with coordinator(tmp_path / "saved", Box({"a": torch.ones(2), "b": torch.ones(3)})) as saving:
+        path = saving.save_checkpoint(step=1)
+    chooser = Chooser({"a": torch.zeros(2), "b": torch.zeros(3)}, None)
+    chooser.load_targets = lambda available: targets()
+    with coordinator(tmp_path / "loaded", chooser) as loading:
+        with pytest.raises(CheckpointError) as caught:
+            loading.warm_start(path, ["c"]) if is_warm else loading.load_checkpoint(path)
+        assert shown in caught.value.message
+        assert caught.value.component == "c"
+        assert_same(chooser.items, {"a": torch.zeros(2), "b": torch.zeros(3)})
+        loading.save_checkpoint(step=2)  # not torn
 
 
 @pytest.mark.parametrize(
