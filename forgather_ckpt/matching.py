@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from forgather_ckpt.errors import DeclarationError, LoadMismatch
+from forgather_ckpt.errors import DeclarationError, LoadMismatch, RankFailed
 
 Patterns = str | Sequence[str]
 """One shell pattern of item names, or several: `"encoder.*"`."""
@@ -87,7 +87,10 @@ def _new_name(name: str, rename: Rename | None) -> str:
     if isinstance(rename, Mapping):
         prefix = max((old for old in rename if name.startswith(old)), key=len, default=None)
         return name if prefix is None else rename[prefix] + name[len(prefix) :]
-    new = rename(name)
+    try:
+        new = rename(name)
+    except Exception as err:
+        raise RankFailed(f"rename= raised {type(err).__name__} for {name!r}: {err}") from err
     if not isinstance(new, str):
         raise DeclarationError(f"rename= makes {new!r} of {name!r}; return a name, the same one where nothing changes")
     return new

@@ -5,7 +5,7 @@ the report says what became of each.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +24,7 @@ from forgather_ckpt.job import Job
 from forgather_ckpt.library import Library
 from forgather_ckpt.load import apply, take_live
 from forgather_ckpt.matching import Match, Rules, match, matches, patterns, renamed, some_of
+from forgather_ckpt.patterns import SharingPattern
 from forgather_ckpt.prepare import Live, Recipe, check_declared, open_library, refuse_shared_memory, targets_of
 from forgather_ckpt.structure import ShardedItem, State
 
@@ -158,7 +159,8 @@ def warm_start(job: Job, request: Request) -> WarmStartReport:
     path = Path(name)
     live = take_live(comm, components, request.components)
     part = comm.together("preparing the warm start", lambda: _prepare(job, request, live, path, digest))
-    starts = _joined(comm, part, request)
+    job_wide = [one.key for one in components if one.is_global and one.sharing_pattern is not SharingPattern.GLOBAL]
+    starts = _joined(comm, part, request, job_wide)
     report = WarmStartReport(path, part.step, {key: starts[key] for key in request.components})
     apply(comm, path, part.recipes, request.components)
     logger.info("%s", report.text())
@@ -341,10 +343,11 @@ def _leaf(live: State, name: str) -> Any:
     return item.tensor if isinstance(item, ShardedItem) or item.dtensor is None else item.dtensor
 
 
-def _joined(comm: Comm, part: _Part, request: Request) -> Mapping[str, ComponentStart]:
+def _joined(comm: Comm, part: _Part, request: Request, job_wide: Collection[str]) -> Mapping[str, ComponentStart]:
     """What becomes of each component on all ranks together. One digest a rank, where all do the same.
 
-    `LoadMismatch` where a component would get nothing, or an argument has no effect on any rank.
+    `job_wide` are those in which one name is one item, on whatever ranks. `LoadMismatch` where such an item would become
+    different things, where a component would get nothing, or an argument has no effect on any rank.
     """
     own: dict[str, Any] = {
         "starts": {key: start.to_json() for key, start in part.starts.items()},
@@ -356,7 +359,12 @@ def _joined(comm: Comm, part: _Part, request: Request) -> Mapping[str, Component
     # equal on all ranks, and so is what follows from it
     starts = {}
     for key in request.components:
-        parts = [ComponentStart.from_json(one["starts"][key]) for one in told if key in one["starts"]]
+        by_rank = {
+            rank: ComponentStart.from_json(one["starts"][key]) for rank, one in enumerate(told) if key in one["starts"]
+        }
+        if key in job_wide:
+            _refuse_unlike(key, by_rank)
+        parts = [*by_rank.values()]
         starts[key] = ComponentStart.joined(parts) if parts else ComponentStart()
         if not starts[key].loaded:
             has = f"; it has {some_of(starts[key].ignored)}" if starts[key].ignored else ""
@@ -367,3 +375,20 @@ def _joined(comm: Comm, part: _Part, request: Request) -> Mapping[str, Component
     if idle := sorted(set(told[0]["idle"]).intersection(*(one["idle"] for one in told))):
         raise LoadMismatch(f"{', '.join(idle)} matches nothing; correct it, or leave it out")
     return starts
+
+
+def _refuse_unlike(key: str, starts: Mapping[int, ComponentStart]) -> None:
+    """`LoadMismatch` where ranks, by a `rename` that is not the same function, make different things of one item."""
+    told: dict[tuple[str, str], tuple[int, str]] = {}
+    for rank, start in starts.items():
+        fates = {(name, "whether"): "loaded" for name in start.loaded}
+        fates |= {(name, "whether"): "left as it is" for name in start.kept}
+        fates |= {(name, "whence"): f"loaded from {old!r}" for name, old in start.renamed.items()}
+        for what, fate in fates.items():
+            other, known = told.setdefault(what, (rank, fate))
+            if fate != known:
+                raise LoadMismatch(
+                    f"component {key!r}: {what[0]!r} would be {known} on rank {other} and {fate} on rank {rank}, and it is one "
+                    "item; let all ranks that have it ask for the same, by the same rename=",
+                    component=key,
+                )

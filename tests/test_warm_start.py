@@ -521,7 +521,35 @@ def test_what_fails_on_one_rank_fails_on_all_and_changes_nothing(tmp_path, by_la
     assert "the ranks ask for different things" in request[1]
     assert "cast is 'yes'; use True or False" in argument[1]
     assert function[0] == "RankFailed"
-    assert "ZeroDivisionError" in function[1]
+    assert "component 'model': rename= raised ZeroDivisionError for '0.bias': 0.bias" in function[1]
+
+
+def test_ranks_that_rename_otherwise_do_not_make_two_models_of_one(tmp_path):
+    """Of an item that rank 1 does not find, and of one that it takes from elsewhere."""
+    path = saved(tmp_path / "base", Box({"a": torch.ones(2), "b": torch.full((2,), 2.0), "y": torch.ones(1)}))
+
+    def case(rank: int, world_size: int) -> tuple[list, bool]:
+        replica = Box({"x": torch.zeros(2), "y": torch.zeros(1)})
+        component = StateComponent("model", replica, REPLICATED)
+        told = []
+        with CheckpointCoordinator([component], tmp_path / "new", timeout_seconds=30) as coordinator:
+            for sources in ("ac", "ab"):  # the checkpoint has no "c"
+                rename = {sources[rank]: "x"}
+                told.append(
+                    refusal(
+                        lambda new=rename: coordinator.warm_start(
+                            path, ["model"], rename=lambda name: new.get(name, name), missing="keep"
+                        )
+                    )
+                )
+        return told, not replica.items["x"].any() and not replica.items["y"].any()
+
+    outcomes = values(run_ranks(2, case))
+    assert all(still for _, still in outcomes)
+    kept, elsewhere = the_same([told for told, _ in outcomes])
+    assert kept[0] == elsewhere[0] == "LoadMismatch"
+    assert "component 'model': 'x' would be loaded on rank 0 and left as it is on rank 1, and it is one item" in kept[1]
+    assert "component 'model': 'x' would be loaded from 'a' on rank 0 and loaded from 'b' on rank 1" in elsewhere[1]
 
 
 def test_state_of_single_ranks_starts_only_the_layout_that_it_was_saved_in(tmp_path):
