@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from forgather_ckpt.component import Available, StateDict, Target
 from forgather_ckpt.errors import DeclarationError, LoadMismatch, StructureError
+from forgather_ckpt.matching import some_of
 from forgather_ckpt.names import decode_path
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -19,6 +20,9 @@ _MOMENTS = {
     "ax", "prev", "step_size",
 }  # fmt: skip
 """What torch's own optimizers keep of each element of a parameter. Those of others may mean anything by these names."""
+
+_OF_SCHEDULES = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
+"""What torch's schedules write into the groups of whatever optimizer they are for."""
 
 
 def unwrapped_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -90,10 +94,12 @@ class NamedOptimizer:
         """State goes to the device of the parameter that it belongs to; of parameters that are not in the groups here,
         such as frozen ones or those of other layers, nothing is wanted.
 
-        `LoadMismatch` where what there is of each of its elements is that of another shape.
+        `LoadMismatch` where what there is of each of its elements is that of another shape, and where it is of another
+        kind of optimizer.
         """
         targets: dict[str, Target | None] = {}
         grouped = self._grouped()
+        self._refuse_other_kind(available)
         for item, what in available.items():
             kind, name, key = self._parse(decode_path(item)[0])
             if name is None or self._parameters[name] not in grouped:
@@ -110,6 +116,27 @@ class NamedOptimizer:
                     )
                 targets[item] = _target(parameter, key, what)
         return targets
+
+    def _refuse_other_kind(self, available: Iterable[str]) -> None:
+        """A group's hyperparameters and moments would be mixed with those of another algorithm, of which none steps.
+
+        New releases add hyperparameters, or drop some; that one does both is no matter of releases.
+        """
+        stored: dict[str, set[str]] = {}
+        for item in available:
+            kind, name, key = self._parse(decode_path(item)[0])
+            if kind == "groups" and name is not None:
+                stored.setdefault(name, set()).add(key)
+        for group in self.optimizer.param_groups:
+            known = stored.get(self._name(group["params"][0]), set()) if group["params"] else set()
+            lacking = group.keys() & self.optimizer.defaults.keys() - known
+            unknown = known - group.keys() - _OF_SCHEDULES
+            if lacking and unknown:
+                raise LoadMismatch(
+                    f"the checkpoint's optimizer has {some_of(unknown)}, and this {type(self.optimizer).__name__} has "
+                    f"{some_of(lacking)} instead: it is another one; make the optimizer that was saved, or load without "
+                    "this component"
+                )
 
     @property
     def _is_torchs(self) -> bool:

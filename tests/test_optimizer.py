@@ -328,6 +328,37 @@ def test_a_later_hyperparameter_keeps_its_default(tmp_path):
     assert (restored.param_groups[0]["foreach"], restored.param_groups[0]["lr"]) == (False, 0.01)
 
 
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_another_kind_of_optimizer_is_refused_and_nothing_is_changed(tmp_path, is_warm):
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.3)
+    train(model, optimizer, 1)
+    save(tmp_path / "saved", model, optimizer)
+    other = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    torch.optim.lr_scheduler.CosineAnnealingLR(other, 9)
+    before = flat(other)
+    with CheckpointCoordinator(components(model, other), tmp_path / "loaded") as coordinator:
+        with pytest.raises(LoadMismatch) as caught:
+            if is_warm:
+                coordinator.warm_start(tmp_path / "saved", ["optimizer"], missing="keep")
+            else:
+                coordinator.load_checkpoint(tmp_path / "saved" / "checkpoint-1")
+        assert "component 'optimizer': the checkpoint's optimizer has 'amsgrad', 'betas'" in caught.value.message
+        assert "this SGD has 'dampening', 'momentum', 'nesterov' instead" in caught.value.message
+        assert_same(flat(other), before)
+        coordinator.save_checkpoint(2)  # not torn
+
+
+def test_a_new_hyperparameter_and_a_schedule_that_is_gone_are_no_other_optimizer(tmp_path):
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)
+    for group in optimizer.param_groups:
+        del group["foreach"]
+    save(tmp_path, model, optimizer)
+    load(tmp_path, model, torch.optim.AdamW(model.parameters()))
+
+
 # ---- shapes
 
 
