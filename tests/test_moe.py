@@ -104,8 +104,10 @@ def test_b33_a_run_that_died_goes_on_exactly(tmp_path, mesh, death):
         else:
             live(mesh, tmp_path / "cut", on_step_end=[at_step(6, death)] if rank == victim else [])
 
-    run(mesh, first_life, expect_dead=[victim] if death is kill else [])
-    resumed = values(run(mesh, lambda rank, size: live(mesh, tmp_path / "cut")))
+    nodes = [3, 1]
+    run(mesh, first_life, expect_dead=[victim] if death is kill else [], nodes=nodes)
+    assert CheckpointManifest.load(tmp_path / "cut" / "checkpoint-4").topology.nodes == ((0, 1, 2), (3,))
+    resumed = values(run(mesh, lambda rank, size: live(mesh, tmp_path / "cut"), nodes=nodes))
     assert_continues(resumed, whole, from_step=4)
 
 

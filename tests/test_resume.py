@@ -22,6 +22,7 @@ from forgather_ckpt.data import SeededItems
 from forgather_ckpt.data.position import GlobalPosition
 from forgather_ckpt.data.sampler import epoch_order
 from forgather_ckpt.errors import CheckpointError
+from forgather_ckpt.manifest import CheckpointManifest
 from forgather_ckpt.trainers import DDPTrainer, Trainer, TrainingArguments
 from tests.gpus import nodes_on_gpus
 from tests.ranks import Outcome, run_ranks, values
@@ -250,14 +251,15 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_exactly(tmp_path, undisturbe
 
 @pytest.mark.parametrize("kind", [Kind(DDPTrainer, 4)], ids=lambda kind: kind.name)
 def test_more_ranks_than_two_add_up_gradients_in_the_same_order_after_a_resume(tmp_path, undisturbed, kind):
-    """Two ranks would not show it: a + b is b + a."""
+    """Two ranks would not show it: a + b is b + a. On two simulated nodes."""
 
     def first_life(rank: int, world_size: int) -> None:
         with pytest.raises(Stop):
             live(kind, tmp_path, hooks=(at_step(4, stop),), save_steps=3)
 
-    values(run(kind, first_life))
-    resumed = values(run(kind, lambda rank, world_size: live(kind, tmp_path)))
+    values(run(kind, first_life, nodes=[3, 1]))
+    assert CheckpointManifest.load(tmp_path / "checkpoint-3").topology.nodes == ((0, 1, 2), (3,))
+    resumed = values(run(kind, lambda rank, world_size: live(kind, tmp_path), nodes=[3, 1]))
     assert_continues(resumed, undisturbed(kind), from_step=3)
 
 
