@@ -165,10 +165,11 @@ def _place(
         if cast:
             dtype = existing.tensor.dtype
         if (structure.dtype_name(dtype), first.shape) != (existing.dtype, existing.shape):
+            converts = "" if first.shape != existing.shape else ", have it converted by warm_start(…, cast=True)"
             raise LoadMismatch(
                 f"component {component!r}: {first.name!r} is {first.dtype} {list(first.shape)} in the checkpoint and "
-                f"{existing.dtype} {list(existing.shape)} in the job; build the job as it was saved, or give the stateful "
-                "a load_targets()",
+                f"{existing.dtype} {list(existing.shape)} in the job; build the job as it was saved{converts}, or give the "
+                "stateful a load_targets()",
                 component=component,
             )
         dtensor = existing.tensor if isinstance(existing, ShardedItem) else existing.dtensor

@@ -41,6 +41,10 @@ def open_checkpoint(path: str | Path, *, device: Any = "cpu", verify: bool = Tru
         place = torch.device(device)
     except (RuntimeError, TypeError) as err:
         raise DeclarationError(f"device is {device!r}; use one such as 'cpu' or 'cuda:0' ({err})") from None
+    if place.type == "meta":
+        raise DeclarationError(
+            "device is 'meta', which has no memory; use another one, or names(), which tells dtypes and shapes"
+        )
     found = choice.named(path)
     return OpenCheckpoint(found.path, found.manifest, place, verify=verify)
 
@@ -160,12 +164,14 @@ class OpenCheckpoint:
             what = f"has no component {component!r}; it has {sorted(self.components)}"
             raise LoadMismatch(f"the checkpoint of step {self.step} {what}", component=component)
         entries = list(self.components[component].entries)
+        if not entries:
+            raise LoadMismatch(f"{self._told(component)} is empty: no rank held anything of it", component=component)
         if entry is None and len(entries) == 1:
             [entry] = entries
         if entry not in entries:
             problem = f"there is no entry {entry!r}" if entry else "each set of ranks has a state of its own"
             raise LoadMismatch(
-                f"{self._told(component)}: {problem}; choose with entry= one of {', '.join(map(repr, entries)) or 'none'}",
+                f"{self._told(component)}: {problem}; choose with entry= one of {', '.join(map(repr, entries))}",
                 component=component,
             )
         if (component, entry) not in self._stored:

@@ -190,7 +190,8 @@ class NamedOptimizer:
         except KeyError:
             raise DeclarationError(
                 f"the optimizer has a parameter of shape {list(parameter.shape)} that is in none of the model_parts; pass "
-                "all modules that it optimizes"
+                "all modules that it optimizes, and make it after fully_shard() and parallelize_module(), which replace "
+                "parameters"
             ) from None
 
     def _parse(self, item: Any) -> tuple[str, str | None, str]:

@@ -339,8 +339,11 @@ def _check_module(component: StateComponent, stored: Stored, live: State) -> Non
         ("in the job's module but not in the checkpoint", names - stored.names),
     ):
         if difference:
-            wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in difference)
-            hint = ", and declare the module inside DDP or torch.compile, not the wrapper" if wrapped else ""
+            hint = ""
+            if any(name.startswith(("module.", "_orig_mod.")) for name in stored.names ^ names):
+                hint = ", and declare the module inside DDP or torch.compile, not the wrapper"
+            elif any("._orig_mod." in name for name in stored.names ^ names):
+                hint = ", and compile modules in place, by module.compile(), which leaves their names"
             raise LoadMismatch(
                 f"component {component.key!r}: {some_of(difference)} {what}; build the model as it was saved{hint}",
                 component=component.key,

@@ -346,8 +346,12 @@ def test_a_choice_that_means_nothing_is_told_and_touches_nothing(tmp_path, targe
     [
         (torch.zeros(4), "'x' is float32 [3] in the checkpoint and float32 [4] in the job"),
         (torch.zeros(1, 3), "'x' is float32 [3] in the checkpoint and float32 [1, 3] in the job"),
-        (torch.zeros(3).bfloat16(), "'x' is float32 [3] in the checkpoint and bfloat16 [3] in the job"),
-        (torch.zeros(()), "and float32 [] in the job"),
+        (
+            torch.zeros(3).bfloat16(),
+            "'x' is float32 [3] in the checkpoint and bfloat16 [3] in the job; build the job as it was saved, have it converted "
+            "by warm_start(…, cast=True), or",
+        ),
+        (torch.zeros(()), "and float32 [] in the job; build the job as it was saved, or"),
     ],
 )
 def test_another_shape_or_dtype_is_named_and_nothing_is_touched(tmp_path, live, shown):

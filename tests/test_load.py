@@ -418,6 +418,10 @@ def test_patterns_with_global_names_may_follow_each_other(tmp_path, then, now):
             lambda model: model.add_module("more", nn.Linear(1, 1)),
             "'more.bias', 'more.weight' in the job's module but not in",
         ),
+        (
+            lambda model: model.add_module("1", nn.ModuleDict({"_orig_mod": model[1]})),  # as torch.compile names it
+            "build the model as it was saved, and compile modules in place, by module.compile(), which leaves their names",
+        ),
         (lambda model: model.pop(1), "'1.bias', '1.weight' in the checkpoint but not in the job's module"),
         (
             lambda model: model.__setitem__(0, nn.Linear(3, 5)),

@@ -374,6 +374,16 @@ def test_the_state_of_one_rank_is_named(runs):
     assert_same(load_component(runs[1], "rng"), rank_state(0))
 
 
+def test_a_component_of_which_no_rank_held_anything_is_empty(tmp_path):
+    with CheckpointCoordinator([StateComponent("cache", None, SharingPattern.PER_NODE)], tmp_path) as coordinator:
+        path = coordinator.save_checkpoint(1)
+    for call in (open_checkpoint(path).load, open_checkpoint(path).names):
+        with pytest.raises(
+            LoadMismatch, match="'cache' of the checkpoint of step 1 is empty: no rank held anything of it"
+        ):
+            call("cache")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -391,7 +401,8 @@ def test_what_is_not_there_is_said_with_what_is(runs, call, message):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"path": None}, {"path": ""}, {"device": "gpu"}, {"names": []}, {"names": 3}, {"names": [""]}]
+    "wrong",
+    [{"path": None}, {"path": ""}, {"device": "gpu"}, {"device": "meta"}, {"names": []}, {"names": 3}, {"names": [""]}],
 )
 def test_arguments_that_mean_nothing_are_refused(runs, wrong):
     with pytest.raises(DeclarationError, match=f"{next(iter(wrong))} is .*; use "):
