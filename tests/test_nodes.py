@@ -158,7 +158,10 @@ def test_on_resize_decides_where_the_number_of_sets_has_changed(
                 results.append((report.loaded, dict(report.skipped), progress.items, box.items))
         return rank, results
 
-    for rank, (error, drop, merged, failed) in values(run_ranks(now[0], case, nodes=now[1])):
+    outcomes = run_ranks(now[0], case, nodes=now[1])
+    for outcome in outcomes:
+        assert f"component 'part' was not loaded: starts fresh (on_resize='drop'): {reason}" in outcome.output
+    for rank, (error, drop, merged, failed) in values(outcomes):
         assert error[0] == "LoadMismatch"
         assert f"component 'part' ({pattern.name}): {reason}. Choose on_resize" in error[1]
         loaded, skipped, progress, items = drop
