@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 _NUMBER = re.compile(r"-\.?\d[\d._eE+-]*")
 _ASSIGNMENT = re.compile(r"(?P<name>[+~]*[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
+_TURNED_ON = {"false": "true", "False": "True", "no": "yes", "off": "on", "0": "1"}
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,15 @@ def style_of(words: Sequence[str]) -> Style:
 
 def with_option(words: Sequence[str], name: str, value: str | None, style: Style) -> list[str]:
     """The words with one option set: replaced where it stands (the last of several, as parsers take it), else added
-    behind the others."""
+    behind the others. A switch (None) turns on what was given as off (`--bf16 false`)."""
     found = [option for option in options_in(words) if option.name == plain_name(name)]
     if not found:
         end = list(words).index("--") if "--" in words else len(words)
         return [*words[:end], *style.option(name, value), *words[end:]]
     last = found[-1]
     if value is None:
-        written = list(words[last.start : last.stop])
+        turned_on = _TURNED_ON.get(last.value or "")
+        written = list(words[last.start : last.stop]) if turned_on is None else last.with_value(turned_on)
     elif last.value is None:
         written = style.option(name, value)
     else:

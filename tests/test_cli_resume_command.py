@@ -134,6 +134,8 @@ def test_json_has_the_words_and_the_changes(fgckpt: Fgckpt, make: Make, tmp_path
     [
         (["--max-steps", "many"], "the checkpoint has 12 there; write a whole number"),
         (["--learning-rate", "x"], "the checkpoint has 0.1 there; write a number"),
+        (["--max-steps"], "--max-steps: it has no value; the checkpoint has 12 there"),
+        (["--max-steps", "--bf16"], "--max-steps: it has no value"),
         (["--bf16", "maybe"], "the checkpoint has True there; write true or false"),
         (["latest", "stray"], "'stray' is no option of the script"),
         (["--launcher", "mpirun"], "is not one of"),

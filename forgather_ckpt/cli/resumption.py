@@ -142,6 +142,8 @@ def _changes(
             asked.append(positive)
             now[positive] = False
             continue
+        if value is None and type(before.get(name)) in (int, float, str):
+            raise click.UsageError(f"{_spelled(name)}: it has no value; the checkpoint has {before[name]!r} there")
         if name not in before and name in started_with:
             before[name] = True if started_with[name] is None else started_with[name]
         asked.append(name)
@@ -173,8 +175,12 @@ def _typed(name: str, value: str | None, before: Any) -> Any:
         if type(before) not in kinds:
             return {"None": None, "True": True, "False": False}.get(value, value)
         raise click.UsageError(
-            f"--{plain_name(name).replace('_', '-')} {value}: the checkpoint has {before!r} there; write {kinds[type(before)]}"
+            f"{_spelled(name)} {value}: the checkpoint has {before!r} there; write {kinds[type(before)]}"
         ) from None
+
+
+def _spelled(name: str) -> str:
+    return f"--{plain_name(name).replace('_', '-')}"
 
 
 def _json_of(change: Change) -> dict[str, Any]:
