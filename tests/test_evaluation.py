@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from forgather_ckpt import catalog, trainers
 from forgather_ckpt.data import SeededItems
+from forgather_ckpt.errors import RankFailed
 from forgather_ckpt.trainers import DDPTrainer, FSDPTrainer, Trainer
 from forgather_ckpt.trainers.evaluation import EvaluationBatches
 from tests.layouts import Layout, Net, local, states
@@ -160,6 +162,22 @@ def test_the_dataset_is_made_at_the_first_evaluation_and_once(tmp_path):
     trainer = trainer_of(Trainer, tmp_path, max_steps=9, eval_steps=3, eval_dataset=make)
     trainer.train()
     assert made == [3]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "problem"),
+    [
+        ([], "the evaluation dataset has 0 samples"),
+        (DataLoader(Noise(8)), "give a dataset with __len__ and __getitem__"),
+    ],
+    ids=["empty", "loader"],
+)
+def test_data_that_nothing_can_be_evaluated_on_is_refused_before_the_first_step(tmp_path, dataset, problem):
+    trainer = trainer_of(Trainer, tmp_path, eval_steps=3, eval_dataset=dataset)
+    with pytest.raises(RankFailed, match=problem):
+        trainer.train()
+    assert trainer.progress.step == 0
+    assert trainer_of(Trainer, tmp_path, eval_strategy="no", eval_dataset=dataset).train().steps > 0  # it is not needed
 
 
 def test_without_a_dataset_nothing_is_evaluated(tmp_path):

@@ -37,6 +37,7 @@ class Run:
         """From what `resume_from_checkpoint` asks for to the end."""
         trainer, manager = self.trainer, self.manager
         manager.coordinator.agree("comparing the ranks", trainer.common_facts, refuse_unlike)
+        manager.coordinator.agree("looking at the evaluation data", trainer.refuse_unusable_evaluation)
         resumed_from = self.resume()
         with self._told_to_callbacks():
             self.go()

@@ -157,6 +157,13 @@ class Trainer:
     def can_evaluate(self) -> bool:
         return self.eval_dataset is not None
 
+    def refuse_unusable_evaluation(self) -> None:
+        """Before the first step, not hours later; a function that makes the dataset is called at the first evaluation."""
+        is_made_later = callable(self.eval_dataset) and not isinstance(self.eval_dataset, Samples)
+        is_needed = self.args.eval_strategy != "no" or self.args.eval_on_save
+        if self.can_evaluate and is_needed and not is_made_later:
+            self.create_evaluation()
+
     def evaluate(self) -> dict[str, float]:
         """The mean metrics of the evaluation dataset, named `eval_…`, the same on all ranks.
 
@@ -188,7 +195,10 @@ class Trainer:
         dataset = self.eval_dataset
         if not isinstance(dataset, Samples):
             if not callable(dataset):
-                raise ValueError(f"there is nothing to evaluate on: eval_dataset is {dataset!r}")
+                raise ValueError(
+                    f"there is nothing to evaluate on: eval_dataset is {dataset!r}; give a dataset with __len__ and __getitem__, "
+                    "or a function that makes one"
+                )
             dataset = dataset()
         rank, world_size = self.data_share
         return EvaluationBatches(
