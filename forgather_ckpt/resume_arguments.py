@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-_SELECTORS = ("auto", "latest", "best")
+from forgather_ckpt import resume
 
 
 def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
         type=_which,
         metavar="WHICH",
         help="auto: the newest good checkpoint, a fresh start if there is none; latest: an error if there is none; best; "
-        "no: a fresh start; or a step, or the path of a checkpoint",
+        "no: a fresh start; or a step, another selector of `fgckpt --help`, or the path of a checkpoint",
     )
     which.add_argument(
         "--auto-resume",
@@ -60,10 +60,11 @@ def _which(text: str) -> bool | int | str:
         return False
     if text.isascii() and text.isdigit():
         return int(text)
-    if text in _SELECTORS or Path(text).is_absolute() or "/" in text:
+    if text == "auto" or resume.is_selector(text) or Path(text).is_absolute() or "/" in text:
         return text
     if text and Path(text).is_dir():
         return text
     raise argparse.ArgumentTypeError(
-        f"{text!r} is no checkpoint: write auto, latest, best, no, a step, or the path of a checkpoint directory"
+        f"{text!r} is no checkpoint: write auto, latest, best, no, a step, another selector of `fgckpt --help`, or the path of "
+        "a checkpoint directory"
     )

@@ -15,13 +15,13 @@ ROOT = Path(forgather_ckpt.__file__).parent
 LAYERS = [
     # words and the bytes below everything
     ("errors", "patterns", "dtypes", "hashtree", "metrics", "multilinear", "paths"),
-    ("figures", "strict_json", "topology", "boxes", "signals", "triggers", "resume_arguments"),
+    ("figures", "strict_json", "topology", "boxes", "signals", "triggers"),
     # codecs
     ("values", "container", "manifest", "run_clock"),
     ("names", "index", "redaction", "command_line"),
     # decisions: pure
     ("plan", "replication", "resume", "pieces", "parting", "matching", "policies", "changes"),
-    ("portions", "differences", "comparison", "control", "retention", "prompt"),
+    ("portions", "differences", "comparison", "control", "retention", "prompt", "resume_arguments"),
     ("inventory", "agreement"),
     # the file system
     ("files", "liveness", "launch"),
