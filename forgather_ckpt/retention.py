@@ -144,6 +144,10 @@ def _way_out(best: Best, one: Stored) -> str:
     if best.metric in one.metrics:
         return ""
     others = f", only {', '.join(map(repr, sorted(one.metrics)))}" if one.metrics else ""
+    if one.kind == "emergency":
+        return f"{others}; after a signal there is no time to evaluate"
+    if any(name.startswith("eval_") for name in one.metrics):
+        return f"{others}; rank by one of these (best_model_metric)"
     return f"{others}; evaluate before each save (eval_on_save=True, with an eval_dataset)"
 
 

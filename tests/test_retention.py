@@ -412,6 +412,13 @@ def test_b60_a_checkpoint_without_the_metric_is_no_candidate_and_that_is_said():
         "checkpoint-2 cannot be among the best: it has no metric 'eval_loss'; evaluate before each save "
         "(eval_on_save=True, with an eval_dataset)"
     ]
+    assert unranked_newest(policy, saved(None, kinds={1: "emergency"})) == [
+        "checkpoint-1 cannot be among the best: it has no metric 'eval_loss'; after a signal there is no time to evaluate"
+    ]
+    assert unranked_newest(Best(1, "eval_accuracy"), saved(3.0)) == [
+        "checkpoint-1 cannot be among the best: it has no metric 'eval_accuracy', only 'eval_loss'; rank by one of these "
+        "(best_model_metric)"
+    ]
     assert unranked_newest(policy, saved(3.0, math.nan)) == [
         "checkpoint-2 cannot be among the best: its 'eval_loss' is no finite number"
     ]
