@@ -142,6 +142,12 @@ class TrainingArguments:
                 f"preserve_n_best={self.preserve_n_best!r} keeps nothing by itself; write preserve_best_model=True, "
                 f"preserve_n_best={self.preserve_n_best!r}"
             )
+        if self.keep_epoch_checkpoints and self.save_strategy != "epoch":
+            raise ValueError(
+                f"keep_epoch_checkpoints={self.keep_epoch_checkpoints!r} keeps nothing where save_strategy is "
+                f"{self.save_strategy!r}, as none is saved at the end of an epoch; write save_strategy=\"epoch\" (save_seconds= "
+                "saves in between too), or leave it out"
+            )
         self.save_schedule()
         if self.lr_scheduler_type not in LR_SCHEDULERS:
             raise ValueError(
