@@ -15,7 +15,7 @@ from forgather_ckpt.declarations import Source
 from forgather_ckpt.errors import DeclarationError, StorageError
 from forgather_ckpt.housekeeping import Housekeeping
 from forgather_ckpt.load import LoadReport
-from forgather_ckpt.metrics import as_number
+from forgather_ckpt.metrics import as_number, rankable
 from forgather_ckpt.policies import Policy, bests
 from forgather_ckpt.retention import Protected, best_checkpoints_summary, from_arguments
 from forgather_ckpt.run_clock import RunClock
@@ -82,7 +82,7 @@ class CheckpointManager:
             "on_storage_error": on_storage_error,
         }
         try:  # a rank with a wrong one tells the others
-            self.coordinator.agree("comparing the managers", lambda: self._checked(settings), refuse_unlike)
+            self.coordinator.agree("comparing the managers", lambda: self._checked(settings, grace_seconds), refuse_unlike)
         except BaseException:
             self.coordinator.close()
             raise
@@ -122,7 +122,7 @@ class CheckpointManager:
             raise
         return self
 
-    def _checked(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _checked(self, settings: Mapping[str, Any], grace_seconds: float) -> dict[str, Any]:
         """What must be the same on all ranks, or they would not come to the same exchanges; `DeclarationError` where it
         makes no sense on this one."""
         if not isinstance(self.schedule, SaveSchedule):
@@ -137,6 +137,8 @@ class CheckpointManager:
             value = settings[name]
             if not (type(value) is int and value > 0) and (name, value) != ("control_steps", None):
                 raise DeclarationError(f"{name} is {value!r}; use a whole number, from 1")
+        if (rankable(grace_seconds) or 0) <= 0:
+            raise DeclarationError(f"grace_seconds is {grace_seconds!r}; use a number of seconds, above 0")
         signal_numbers(settings["stop_signals"], "stop_signals")
         return {"schedule": repr(self.schedule), **{name: repr(value) for name, value in settings.items()}}
 
@@ -196,6 +198,7 @@ class CheckpointManager:
 
         `wishes` are those of this rank (`control.Wishes`): `save=True`, `stop=True`, `abort=True`, `reasons=("why",)`.
         """
+        step = as_number(step)
         self.step_done()
         due = self.schedule.due(step, is_epoch_end=is_epoch_end)
         agreed = self.agree(step, Wishes(**wishes), must=due is not None)
@@ -205,6 +208,7 @@ class CheckpointManager:
 
     def finish(self, step: int, *, epoch: float | None = None, metrics: Mapping[str, Any] | None = None) -> None:
         """At the end of the training: its last checkpoint, unless it was aborted, by a wish of its last steps too."""
+        step = as_number(step)
         if self.saves_at_end(self.agree(step, must=True)):
             self.save(step, epoch=epoch, metrics=metrics, kind=self.kind_of_last)
 
@@ -279,6 +283,7 @@ class CheckpointManager:
         kind: str = "periodic",
     ) -> Path | None:
         """Save, unless this step is saved already, then remove what the policy does not keep. The path, or None."""
+        step = as_number(step)
         if self.last_step == step:
             return None
         started = time.monotonic()

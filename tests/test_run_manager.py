@@ -690,6 +690,18 @@ def test_metrics_may_be_tensors_and_numpy_scalars(tmp_path, make):
     assert [step for step, _ in kept(tmp_path)] == [4, 5]
 
 
+@pytest.mark.parametrize("make", [torch.tensor, numpy.int64])
+def test_steps_may_be_tensors_and_numpy_scalars(tmp_path, make):
+    counter = StateComponent("counter", Box({"count": 0}), SharingPattern.GLOBAL)
+    with CheckpointManager([counter], tmp_path, schedule=SaveSchedule(steps=2)) as manager:
+        for step in range(1, 4):
+            manager.after_step(make(step))
+        manager.save(make(3))
+        manager.finish(make(4))
+        assert type(manager.last_step) is int
+    assert kept(tmp_path) == [(2, "periodic"), (3, "periodic"), (4, "final")]
+
+
 @pytest.mark.parametrize("make", [torch.tensor, numpy.bool_])
 def test_wishes_may_be_tensors_and_numpy_scalars(tmp_path, make):
     counter = StateComponent("counter", Box({"count": 0}), SharingPattern.GLOBAL)
@@ -710,6 +722,7 @@ def test_wishes_may_be_tensors_and_numpy_scalars(tmp_path, make):
         ({"control_steps": 0}, "control_steps is 0; use a whole number, from 1"),
         ({"max_load_attempts": None}, "max_load_attempts is None; use a whole number, from 1"),
         ({"stop_signals": "SIGTERM"}, "stop_signals='SIGTERM' is a string; use a tuple of names"),
+        ({"grace_seconds": "30"}, "grace_seconds is '30'; use a number of seconds, above 0"),
     ],
 )
 def test_what_a_manager_cannot_use_is_refused_when_it_is_made(tmp_path, given, problem):
