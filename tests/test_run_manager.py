@@ -38,7 +38,7 @@ from forgather_ckpt.trainers import DDPTrainer, Trainer
 from forgather_ckpt.trainers.run import Run
 from forgather_ckpt.triggers import SaveSchedule
 from tests.components import Box
-from tests.ranks import errors, run_ranks
+from tests.ranks import errors, run_ranks, values
 from tests.runs import AskAt, Diary, Lines, Noise, kept, same_on_all, trainer_of
 
 pytestmark = pytest.mark.multiprocess
@@ -481,6 +481,19 @@ def test_document_001_each_line_is_logged_once_and_the_summary_says_which_are_be
         rule,
     ]
     assert len(lines) == len(set(lines))
+
+
+def test_the_summary_is_rank_0s_alone(tmp_path):
+    def case(rank: int, world_size: int) -> str:
+        components = [StateComponent("counter", Box({"count": 0}), SharingPattern.REPLICATED)]
+        with CheckpointManager(components, tmp_path, policy=Latest(1) | Best(1, "eval_loss")) as manager:
+            manager.save(1, metrics={"eval_loss": 2.5})
+            return manager.get_best_checkpoints_summary()
+
+    assert values(run_ranks(NUM_RANKS, case)) == [
+        f"Best checkpoints (N=1):\n  {tmp_path / 'checkpoint-1'}: eval_loss=2.5",
+        "",
+    ]
 
 
 def test_the_best_are_known_after_a_resume_and_from_another_place(tmp_path, monkeypatch):
