@@ -155,6 +155,13 @@ def test_the_checkpoint_of_an_epoch_is_one_whatever_else_asks_for_it(tmp_path):
     assert kept(tmp_path) == [(4, "epoch"), (8, "epoch"), (12, "epoch"), (16, "epoch")]
 
 
+def test_to_be_kept_the_ends_of_epochs_are_saved_beside_the_steps(tmp_path):
+    train(tmp_path, save_steps=3, save_total_limit=1, keep_epoch_checkpoints=True)
+    assert kept(tmp_path) == [(4, "epoch"), (8, "epoch"), (10, "final")]
+    train(tmp_path / "fewer", save_steps=3, save_total_limit=1, keep_epoch_checkpoints=1)
+    assert kept(tmp_path / "fewer") == [(8, "epoch"), (10, "final")]
+
+
 def test_at_the_end_of_an_epoch_it_is_told_and_judged_before_it_is_saved(tmp_path):
     diary = Diary()
     train(tmp_path, diary, eval_dataset=EVALUATED, eval_strategy="epoch", save_strategy="epoch", max_steps=4)

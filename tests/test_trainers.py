@@ -112,7 +112,7 @@ def saves(output_dir: Path) -> list[tuple[int, str]]:
         ({"stop_signals": ("TERM",)}, "stop_signals names 'TERM', which is no signal that a training can handle"),
         ({"stop_signals": None}, "stop_signals=None is no list of names; use a tuple of names, ('SIGTERM',), or ()"),
         ({"preserve_n_best": 3}, "write preserve_best_model=True, preserve_n_best=3"),
-        ({"keep_epoch_checkpoints": True}, 'write save_strategy="epoch"'),
+        ({"keep_epoch_checkpoints": True, "save_strategy": "no"}, 'none to keep with save_strategy="no"; write "epoch", or'),
         ({"evaluation_strategy": "steps"}, "evaluation_strategy='steps' is not an argument here: write eval_strategy="),
         ({"report_to": "tensorboard"}, "give the trainer callbacks=[JsonlLogger()], or TensorBoardLogger()"),
         ({"overwrite_output_dir": True}, "write resume_from_checkpoint=False to start over"),

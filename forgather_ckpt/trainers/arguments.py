@@ -67,7 +67,7 @@ class TrainingArguments:
     best_model_greater_is_better: bool | None = None
     """None: the metric's name tells."""
     keep_epoch_checkpoints: bool | int = False
-    """True for all that were saved at the end of an epoch, or how many."""
+    """True for all that are saved at the ends of epochs, or how many; with "steps" they are saved too, then."""
     keep_emergency_checkpoints: int = 10
     """Those that were saved after a signal, beside the newest."""
 
@@ -142,11 +142,10 @@ class TrainingArguments:
                 f"preserve_n_best={self.preserve_n_best!r} keeps nothing by itself; write preserve_best_model=True, "
                 f"preserve_n_best={self.preserve_n_best!r}"
             )
-        if self.keep_epoch_checkpoints and self.save_strategy != "epoch":
+        if self.keep_epoch_checkpoints and self.save_strategy == "no":
             raise ValueError(
-                f"keep_epoch_checkpoints={self.keep_epoch_checkpoints!r} keeps nothing where save_strategy is "
-                f"{self.save_strategy!r}, as none is saved at the end of an epoch; write save_strategy=\"epoch\" (save_seconds= "
-                "saves in between too), or leave it out"
+                f"keep_epoch_checkpoints={self.keep_epoch_checkpoints!r} has none to keep with save_strategy=\"no\"; write "
+                '"epoch", or "steps" to save in between too'
             )
         self.save_schedule()
         if self.lr_scheduler_type not in LR_SCHEDULERS:
@@ -204,7 +203,7 @@ class TrainingArguments:
         """When checkpoints are saved."""
         return SaveSchedule(
             steps=self.save_steps if self.save_strategy == "steps" else None,
-            epochs=self.save_strategy == "epoch",
+            epochs=self.save_strategy == "epoch" or bool(self.keep_epoch_checkpoints),
             seconds=self.save_seconds,
             at_end=self.save_strategy != "no",
         )
