@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -575,6 +576,19 @@ def full_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> Any:
 
     monkeypatch.setattr(files, "create", no_room)
     return lambda trainer: now.__setitem__(0, trainer.progress.step)
+
+
+def test_training_does_not_wait_until_old_checkpoints_are_deleted(tmp_path, monkeypatch):
+    may_delete, delete = threading.Event(), files.delete
+    monkeypatch.setattr(files, "delete", lambda path: (may_delete.wait(5), delete(path)))
+    counter = StateComponent("counter", Box({"count": 0}), SharingPattern.GLOBAL)
+    with CheckpointManager([counter], tmp_path, schedule=SaveSchedule(steps=1), policy=Latest(1)) as manager:
+        for step in (1, 2, 3):
+            manager.after_step(step)
+        assert len(list(tmp_path.glob(".trash-*"))) == 2
+        may_delete.set()
+    assert [step for step, _ in kept(tmp_path)] == [3]
+    assert not list(tmp_path.glob(".trash-*"))
 
 
 def test_training_goes_on_over_a_full_disk_and_saves_again_when_there_is_room(tmp_path, monkeypatch):
