@@ -187,6 +187,8 @@ class SetDifference:
     """Items that differ too, of which nothing more is told."""
     num_not_measured: int = 0
     """Tensors that differ and were not compared element by element."""
+    num_sets: int = 1
+    """How many sets of the component's pattern the holders are of: with global names, groups may share an item."""
 
     @property
     def num_items(self) -> int:
@@ -297,7 +299,7 @@ def _set_text(report: ReplicationReport, difference: SetDifference) -> str:
     return (
         f"{report.component!r} differs between {_bracketed(difference.majority)} and "
         f"{_bracketed(difference.minority)}{_named_items(difference)}; expected identical state in "
-        f"{report.group or 'all holders'} ({_ranks(difference.holders)})"
+        f"{(difference.num_sets == 1 and report.group) or 'all holders'} ({_ranks(difference.holders)})"
     )
 
 

@@ -294,6 +294,7 @@ def _difference(
         num_not_measured=sum(
             item.kind == "tensor" and any(copy.elements is None for copy in item.minorities) for item in guilty
         ),
+        num_sets=portion.num_sets,
     )
 
 

@@ -200,6 +200,11 @@ def test_names_and_values_do_not_move_the_cursor():
             "'model' differs between rank 0 and ranks [3, 7] at 'layers.2.weight' (first at [17, 4], max |Δ| 3.1e-4); "
             "expected identical state in dp (0, 3, 7)",
         ),
+        (  # of two groups, which share the item
+            [report(one_set(rate("v"), num_sets=2), group="dp")],
+            "'model' differs between ranks [0, 2-3] and rank 1 at 'v' (0.1 against 0.2); "
+            "expected identical state in all holders (0-3)",
+        ),
         (
             [report(one_set(weight("it's"), rate(), rate("text", None, (1, None))))],
             "'model' differs between ranks [0, 2-3] and rank 1 at \"it's\" (first at [17, 4]), "

@@ -467,6 +467,8 @@ def test_a_bit_that_differs_in_one_copy_is_found_and_named(tmp_path, level, kind
     assert {error.type_name for error in found} == {"ReplicaMismatch"}
     assert len({error.message for error in found}) == 1
     assert f"'model' differs between {told}" in found[0].message
+    groups = "all holders (0-3)" if "ranks [" in told else f"dp ({rank - kind.world_size // 2}, {rank})"
+    assert f"expected identical state in {groups}" in found[0].message
 
 
 def test_models_that_are_made_differently_become_rank_0s(tmp_path):
