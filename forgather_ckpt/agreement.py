@@ -117,8 +117,8 @@ def _holders(component: Declared, ranks: Ranks, reports: Reports) -> Ranks:
         if holders and holders != ranks:
             empty = tuple(rank for rank in ranks if rank not in reports)
             raise StructureError(
-                f"component {component.key!r} ({component.pattern.name}): ranks {describe(empty)} hold nothing "
-                f"(stateful=None), but {describe(holders)} of the same set do; all members must hold the state",
+                f"component {component.key!r} ({component.pattern.name}): stateful is None on rank {describe(empty)}, but not "
+                f"on rank {describe(holders)} of the same set; all its members must hold the state",
                 rank=empty[0],
                 component=component.key,
             )

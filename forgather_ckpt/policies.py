@@ -96,7 +96,7 @@ class Epochs(Policy):
 
 @dataclass(frozen=True)
 class Emergency(Policy):
-    """Those that were saved because of a signal or a failure: the newest `n`."""
+    """Those that were saved because of a signal: the newest `n`."""
 
     n: int | None = 10
 

@@ -67,7 +67,7 @@ def choose(
 
     `which`: None or "latest" (the newest, then the ones before it); a step, as int or `"step:15000"`; "latest~1"
     (exactly the one before the newest); "best", "best~1" (exactly the first and the second of `ranked`); "emergency",
-    "emergency~1" (the newest that a signal or a failure caused); "epoch:3" (the newest that was saved when exactly
+    "emergency~1" (the newest that a signal caused); "epoch:3" (the newest that was saved when exactly
     three epochs were done, before others one that was saved because of it).
     """
     found = newest_first(candidates)

@@ -96,9 +96,9 @@ def test_sets_of_equal_structure_hold_the_same_items_together():
     [
         (declared(GLOBAL), "-aaa", 0, "rank 0 holds nothing (stateful=None), and its state counts"),
         (declared(GLOBAL), "----", 0, "rank 0 holds nothing"),
-        (declared(REPLICATED), "a-aa", 1, "ranks 1 hold nothing (stateful=None), but 0, 2-3 of the same set do"),
-        (declared(REPLICATED), "a---", 1, "ranks 1-3 hold nothing"),
-        (declared(PER_GROUP, "dp"), "ab-b", 2, "ranks 2 hold nothing (stateful=None), but 0 of the same set do"),
+        (declared(REPLICATED), "a-aa", 1, "stateful is None on rank 1, but not on rank 0, 2-3 of the same set"),
+        (declared(REPLICATED), "a---", 1, "stateful is None on rank 1-3, but not"),
+        (declared(PER_GROUP, "dp"), "ab-b", 2, "stateful is None on rank 2, but not on rank 0 of the same set"),
         (
             declared(PER_GROUP, "some"),
             "aab-",

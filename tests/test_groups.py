@@ -83,7 +83,7 @@ def test_uneven_bare_groups_of_which_rank_0_is_no_member(tmp_path: Path):
     assert "component 'part': rank 0 is in no group 'dp', but holds state" in stray_load[1]
     assert empty_member[0] == "StructureError"
     assert (
-        "component 'part' (PER_GROUP): ranks 2 hold nothing (stateful=None), but 1 of the same set do"
+        "component 'part' (PER_GROUP): stateful is None on rank 2, but not on rank 1 of the same set"
         in empty_member[1]
     )
     assert not_stored[0] == "LoadMismatch"
@@ -95,7 +95,7 @@ def test_uneven_bare_groups_of_which_rank_0_is_no_member(tmp_path: Path):
         "dp=1": ((3,), (3,)),
     }
     assert first.topology.groups["dp"].sets == ((1, 2), (3,))
-    assert "hold nothing" in second.omitted["part"]
+    assert "stateful is None" in second.omitted["part"]
     assert list(third.components["part"].entries) == ["dp=0"]
 
 

@@ -53,7 +53,7 @@ _EPILOG = (
     "\b\nA SELECTOR is one of\n"
     "  latest, latest~1      the newest committed checkpoint, the one before it\n"
     "  best, best~1          the best by the metric of the training (eval_loss), the second best\n"
-    "  emergency             the newest that a signal or a failure caused\n"
+    "  emergency             the newest that a signal caused\n"
     "  epoch:3               the one of the end of the third epoch\n"
     "  15000, step:15000     the checkpoint of that step\n"
     "  PATH                  a checkpoint directory\n"
