@@ -105,6 +105,11 @@ class Assembly:
         """A leaf that is not read."""
         self._leaves.append((order, name, leaf))
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """What is not a tensor, by item name."""
+        return {name: leaf for _, name, leaf in self._leaves if not isinstance(leaf, torch.Tensor)}
+
     def state_dict(self) -> dict[Any, Any]:
         """The state dict, after the bytes have been read. Called once: it hands its tensors over."""
         with torch.no_grad():

@@ -81,6 +81,16 @@ class ChoosesTargets(Protocol):
     def load_targets(self, available: Mapping[str, Available]) -> Mapping[str, Target | None]: ...
 
 
+@runtime_checkable
+class ChecksValues(Protocol):
+    """A stateful that is shown, before anything is touched, the values that a load or a warm start will give it.
+
+    `values` are all that are not tensors, by item name; it raises where they do not fit each other.
+    """
+
+    def check_values(self, values: Mapping[str, Any]) -> None: ...
+
+
 ResizeRule = Callable[[Sequence[StateDict], Topology, Topology], StateDict]
 """`on_resize(saved, old, new)`: a new rank's state from all old entries of the component, in the order of sets."""
 

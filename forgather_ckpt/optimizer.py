@@ -1,6 +1,6 @@
 """`NamedOptimizer`: an optimizer's state under the names of its parameters."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,6 +142,16 @@ class NamedOptimizer:
     def _is_torchs(self) -> bool:
         return type(self.optimizer).__module__.startswith("torch.optim.")
 
+    def check_values(self, values: Mapping[str, Any]) -> None:
+        """`LoadMismatch` where parameters of one group would have different hyperparameters."""
+        groups: dict[str, dict[str, Any]] = {}
+        for item, value in values.items():
+            kind, name, key = self._parse(decode_path(item)[0])
+            if kind == "groups" and name is not None:
+                groups.setdefault(name, {})[key] = value
+        for group in self.optimizer.param_groups:
+            self._refuse_unlike([self._name(parameter) for parameter in group["params"]], groups)
+
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Take over the tensors in `state_dict`, whose memory is the optimizer's from then on."""
         states: dict[str, dict[str, Any]] = {}
@@ -169,13 +179,7 @@ class NamedOptimizer:
             name = self._name(parameter)
             if name not in groups:
                 raise LoadMismatch(f"the checkpoint has no optimizer state for the parameter {name!r}")
-            first = self._name(group["params"][0])
-            for key, value in groups[name].items():
-                if not _equal(groups[first].get(key), value):
-                    raise LoadMismatch(
-                        f"{key} of {name!r} is {value!r} and of {first!r} {groups[first].get(key)!r} in the checkpoint, but "
-                        "both are in one parameter group now; group the parameters as they were saved"
-                    )
+        self._refuse_unlike([self._name(parameter) for parameter in group["params"]], groups)
         if group["params"]:
             for key, value in groups[self._name(group["params"][0])].items():
                 current = group.get(key)
@@ -183,6 +187,19 @@ class NamedOptimizer:
                     current.copy_(value)  # a captured graph may refer to the tensor
                 else:
                     group[key] = value
+
+    def _refuse_unlike(self, names: Sequence[str], groups: Mapping[str, Mapping[str, Any]]) -> None:
+        """`LoadMismatch` unless the parameters of a group are to have the same hyperparameters."""
+        known = [name for name in names if name in groups]
+        for name in known:
+            for key, value in groups[name].items():
+                other = groups[known[0]].get(key)
+                if not _equal(other, value):
+                    raise LoadMismatch(
+                        f"{key} of {name!r} is {value!r} and of {known[0]!r} {other!r}, but both are in one parameter "
+                        "group now; group the parameters as they were saved, or leave all hyperparameters out of a warm start "
+                        "with exclude='groups.*'"
+                    )
 
     def _name(self, parameter: nn.Parameter) -> str:
         try:

@@ -13,7 +13,7 @@ from torch import nn
 
 from forgather_ckpt import reading, structure
 from forgather_ckpt.assembly import Assembly, Stored, assemble, content_of
-from forgather_ckpt.component import Available, ChoosesTargets, StateComponent, StateDict, Target
+from forgather_ckpt.component import Available, ChecksValues, ChoosesTargets, StateComponent, StateDict, Target
 from forgather_ckpt.entries import Resize, check_pattern, entry_for
 from forgather_ckpt.errors import CheckpointError, LoadMismatch, StorageError
 from forgather_ckpt.job import Job
@@ -273,8 +273,16 @@ def _recipe(
         )
     if isinstance(component.stateful, nn.Module):
         _check_module(component, whole, live)
-    assemblies = [assemble(whole, live, targets, staged=staged)]
-    return Recipe(component, [whole], assemblies, False, manifest, f"{taken:x}", asked)
+    assembly = assemble(whole, live, targets, staged=staged)
+    check_values(component, assembly)
+    return Recipe(component, [whole], [assembly], False, manifest, f"{taken:x}", asked)
+
+
+def check_values(component: StateComponent, assembly: Assembly) -> None:
+    """Have the stateful refuse, if it can, the values that it would be given."""
+    if isinstance(component.stateful, ChecksValues):
+        with _told_by(component, "check_values()"):
+            component.stateful.check_values(assembly.values)
 
 
 def targets_of(component: StateComponent, available: Mapping[str, Available]) -> Mapping[str, Target | None]:

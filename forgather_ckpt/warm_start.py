@@ -25,7 +25,15 @@ from forgather_ckpt.library import Library
 from forgather_ckpt.load import apply, take_live
 from forgather_ckpt.matching import Match, Rules, match, matches, patterns, renamed, some_of
 from forgather_ckpt.patterns import SharingPattern
-from forgather_ckpt.prepare import Live, Recipe, check_declared, open_library, refuse_shared_memory, targets_of
+from forgather_ckpt.prepare import (
+    Live,
+    Recipe,
+    check_declared,
+    check_values,
+    open_library,
+    refuse_shared_memory,
+    targets_of,
+)
 from forgather_ckpt.structure import ShardedItem, State
 
 logger = logging.getLogger(__name__)
@@ -285,6 +293,7 @@ def _recipe(
     assembly = assemble(taken, live, targets, cast=rules.cast)
     for name in found.kept:
         assembly.add(_order(live, name, 0), name, _leaf(live, name))
+    check_values(component, assembly)
     start = ComponentStart(
         loaded=sorted({*live.names, *made} - set(found.kept)),
         renamed={name: old_names[source] for name, source in found.sources.items() if old_names[source] != name},

@@ -206,6 +206,35 @@ def test_an_optimizer_that_is_named_starts_warm_too(tmp_path):
     assert not report.components["optimizer"].kept
 
 
+def test_a_new_layer_in_a_group_of_other_hyperparameters_is_refused_before_anything_is_touched(tmp_path):
+    model = nn.ModuleDict({"body": nn.Linear(4, 4)})
+    source = torch.optim.AdamW(model.parameters())
+    model["body"](torch.ones(2, 4)).sum().backward()
+    source.step()
+    path = saved(tmp_path / "base", model, optimizer=NamedOptimizer(source, [model]))
+    net = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.5)
+    components = [
+        StateComponent("model", net, GLOBAL),
+        StateComponent("optimizer", NamedOptimizer(optimizer, [net]), GLOBAL),
+    ]
+    before = state_of(net)
+    with CheckpointCoordinator(components, tmp_path / "new") as coordinator:
+        for rules in ({"missing": "keep"}, {"exclude": ["head.*", "groups.head.*"]}):
+            with pytest.raises(LoadMismatch) as caught:
+                coordinator.warm_start(path, ["model", "optimizer"], **rules)
+            assert (
+                "component 'optimizer': lr of 'head.weight' is 0.5 and of 'body.weight' 0.001" in caught.value.message
+            )
+            assert "leave all hyperparameters out of a warm start with exclude='groups.*'" in caught.value.message
+            assert_same(state_of(net), before)
+        coordinator.save_checkpoint(1)  # not torn
+        coordinator.warm_start(path, ["model", "optimizer"], exclude=["head.*", "groups.*"])
+    assert torch.equal(net["body"].weight, model["body"].weight)
+    assert torch.equal(optimizer.state[net["body"].weight]["exp_avg"], source.state[model["body"].weight]["exp_avg"])
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
 @pytest.mark.parametrize("has_state", [False, True])
 def test_the_moments_of_a_head_of_another_size_are_refused_unless_they_are_left_out(tmp_path, has_state):
     def make(size: int) -> tuple[nn.Module, torch.optim.Optimizer]:
