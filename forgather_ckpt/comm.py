@@ -150,10 +150,12 @@ class Comm:
                     return
                 time.sleep(0.001)
 
-    def say_goodbye(self) -> None:
-        """This rank's process may end from now on: that is no death."""
+    def say_goodbye(self, error: BaseException | None = None) -> None:
+        """This rank comes to nothing any more, because of `error` or as it is done: who waits for it need not. Its process
+        may end from now on: that is no death."""
+        reason = "" if error is None else f" after {type(error).__name__}: {error}"
         with suppress(dist.DistError):
-            self._store.set(f"goodbye/{self.rank}", "1")
+            self._store.set(f"goodbye/{self.rank}", reason)
 
     def ranks_that_died(self) -> list[int]:
         """Those that have ended without a goodbye; found by a rank that waits up to the grace for the others to do either."""
@@ -161,10 +163,10 @@ class Comm:
         pending = [rank for rank in range(self.world_size) if rank != self.rank]
         with suppress(dist.DistError):
             while True:
-                pending = [rank for rank in pending if not self._store.check([f"goodbye/{rank}"])]
+                pending = [rank for rank in pending if not self._has_left(rank)]
                 if (dead := [rank for rank in pending if self._is_dead(rank)]) or not pending:
                     # who said goodbye and ended between the two questions is not dead
-                    return [rank for rank in dead if not self._store.check([f"goodbye/{rank}"])]
+                    return [rank for rank in dead if not self._has_left(rank)]
                 if time.monotonic() > deadline:
                     break
                 time.sleep(_MAX_POLL_SECONDS)
@@ -327,6 +329,9 @@ class Comm:
                 dead = [rank for rank in pending if self._is_dead(rank) and not self._store.check([keys[rank]])]
                 if dead:
                     raise RankTimeout(f"{phase} failed: {self._name_dead(dead)}", rank=dead[0])
+                gone = [rank for rank in pending if self._has_left(rank) and not self._store.check([keys[rank]])]
+                if gone:
+                    raise RankFailed(f"{phase} failed: {self._name_gone(gone[0])}", rank=gone[0])
                 if late := patience.late(pending):
                     raise RankTimeout(
                         f"{phase} failed: no answer from {_ranks(late)} within {self.timeout_seconds:g} s "
@@ -344,6 +349,7 @@ class Comm:
         key = f"{prefix}/verdict"
         patience = _Patience(self, grace_seconds=GRACE_SECONDS)
         has_given_up = False
+        error: CheckpointError
         while not self._store.check([key]):
             if not patience.look_around():
                 continue
@@ -352,6 +358,8 @@ class Comm:
                     self._store.set(f"dead/{rank}", "1")
             if self._is_dead(0):
                 error = RankTimeout(f"{phase} failed: {self._name_dead([0])}", rank=0)
+            elif self._has_left(0):
+                error = RankFailed(f"{phase} failed: {self._name_gone(0)}", rank=0)
             elif patience.late([0]):
                 error = RankTimeout(f"{phase} failed: no verdict from rank 0 within the deadline", rank=0)
             else:
@@ -359,7 +367,7 @@ class Comm:
             if self._store.check([key]):
                 break  # it spoke, and then its process ended
             # If rank 0 has begun to decide, its verdict counts: wait for it once more, then withdraw the claim from it.
-            told, is_over = json.dumps(error.to_wire()), has_given_up or self._is_dead(0)
+            told, is_over = json.dumps(error.to_wire()), has_given_up or self._is_dead(0) or self._has_left(0)
             current = self._store.compare_set(f"{prefix}/claim", "", told)
             if is_over and current == _DECIDING.encode():
                 current = self._store.compare_set(f"{prefix}/claim", _DECIDING, told)
@@ -373,6 +381,12 @@ class Comm:
 
     def _is_dead(self, rank: int) -> bool:
         return self._processes[rank].is_dead(self._processes[self.rank]) or self._store.check([f"dead/{rank}"])
+
+    def _has_left(self, rank: int) -> bool:
+        return self._store.check([f"goodbye/{rank}"])
+
+    def _name_gone(self, rank: int) -> str:
+        return f"rank {rank} has closed its coordinator{self._store.get(f'goodbye/{rank}').decode()}"
 
     def _name_dead(self, ranks: Sequence[int]) -> str:
         return ", ".join(f"rank {rank} (pid {self._processes[rank].pid})" for rank in ranks) + " died"

@@ -272,9 +272,10 @@ class CheckpointCoordinator:
         nodes it is known only once a rank there has noticed. Waits a little, as the end of a process takes its time."""
         return self._job.comm.ranks_that_died()
 
-    def close(self) -> None:
-        """Give the run directory back to other jobs. A second call does nothing."""
-        self._job.comm.say_goodbye()
+    def close(self, error: BaseException | None = None) -> None:
+        """Give the run directory back to other jobs. A second call does nothing. Ranks that call a method of theirs from
+        now on are told that this one has left, and of the `error` that it left with."""
+        self._job.comm.say_goodbye(error)
         self._job.channels.close()
         self._job.comm.wait_until_heard()
         if self._lease is not None:
@@ -287,7 +288,7 @@ class CheckpointCoordinator:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(error)
 
 
 def _name_run(on_mismatch: list[str]) -> str:

@@ -151,13 +151,13 @@ class CheckpointManager:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._start.end(error)
-        self.close()
+        self.close(error)
 
-    def close(self) -> None:
-        """Give the run directory and the signals back. A second call does nothing."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Give the run directory and the signals back; `error` is why, for the other ranks. A second call does nothing."""
         try:
             self._housekeeping.close()
-            self.coordinator.close()
+            self.coordinator.close(error)
         finally:
             self.guard.__exit__(None, None, None)  # last: the launcher ends this rank when another one has ended
 

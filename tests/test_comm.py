@@ -186,6 +186,29 @@ def test_a_killed_rank_is_named_at_once_although_the_deadline_is_far(culprit: in
     assert again == ("RankTimeout", f"working again failed: rank {culprit} (pid {pid}) died")
 
 
+@pytest.mark.parametrize("reason", [None, ValueError("no more data")], ids=str)
+@pytest.mark.parametrize("culprit", [0, 1, 2])
+def test_a_rank_that_has_left_is_not_waited_for_and_the_reason_is_told(culprit: int, reason: Exception | None):
+    """Its process lives on, as where an error is caught far outside."""
+
+    def case(rank: int, world_size: int) -> Any:
+        comm = join()
+        comm.begin_operation()
+        decided = comm.agree("working", lambda: rank, lambda results: results)
+        if rank == culprit:
+            comm.say_goodbye(reason)
+            time.sleep(2)
+            return None
+        comm.begin_operation()
+        return decided, refusal(lambda: comm.agree("going on", lambda: None))
+
+    outcomes = values(run_ranks(3, case))
+    assert outcomes.pop(culprit) is None
+    told = "" if reason is None else " after ValueError: no more data"
+    left = f"going on failed: rank {culprit} has closed its coordinator{told}"
+    assert the_same(outcomes) == ([0, 1, 2], ("RankFailed", left))
+
+
 def test_a_rank_killed_after_it_has_answered_fails_the_next_phase_only():
     def case(rank: int, world_size: int) -> Any:
         comm = join()

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ from forgather_ckpt import (
     space,
 )
 from forgather_ckpt.callbacks import TrainerCallback
-from forgather_ckpt.errors import DeclarationError, NoSpace
+from forgather_ckpt.errors import DeclarationError, NoSpace, RankFailed
 from forgather_ckpt.manifest import CheckpointManifest
 from forgather_ckpt.policies import Best, Latest
 from forgather_ckpt.trainers import DDPTrainer, Trainer
@@ -702,6 +703,20 @@ def test_a_loop_of_ones_own_saves_and_goes_on(tmp_path):
     assert kept(tmp_path) == [(4, "periodic"), (6, "final")]
     assert loop(tmp_path, 9, policy=Latest(1)) == (6, 9, 0)
     assert kept(tmp_path) == [(6, "final"), (9, "final")]
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_rank_that_leaves_with_an_error_is_not_waited_for_and_its_error_is_told(tmp_path, culprit):
+    def case(rank: int, world_size: int) -> str:
+        with pytest.raises((KeyError, RankFailed)) as caught:
+            loop(tmp_path, 9, die_after=6 if rank == culprit else None)
+        if rank == culprit:
+            time.sleep(2)  # its process lives on
+        return str(caught.value)
+
+    told = values(run_ranks(2, case))
+    assert told.pop(culprit) == "'a bug'"
+    assert told == [f"step 6 failed: rank {culprit} has closed its coordinator after KeyError: 'a bug'"]
 
 
 @pytest.mark.parametrize("make", [torch.tensor, numpy.float32, numpy.array, lambda value: torch.tensor([value])])
