@@ -1,7 +1,7 @@
 """Block digests of tensors where they lie (`multilinear`): one pass over device memory, and 16 bytes a tile come back.
 
-On CUDA a Triton kernel reads all tensors in one launch, from a table of their addresses. Where Triton is missing, and
-on other devices, torch's own operators give the same digests, slowly.
+On CUDA a Triton kernel reads all tensors in one launch, from a table of their addresses. Where Triton is missing or
+cannot compile, and on other devices, torch's own operators give the same digests, slowly.
 """
 
 import functools
@@ -104,7 +104,7 @@ def _begin_sums(parts: Iterable[tuple[int, torch.Tensor, int]]) -> Callable[[], 
     lanes: list[torch.Tensor] = []
     paddings: list[tuple[tuple[int, int], Lanes]] = []
     for batch in _batches(parts):
-        take_lanes, tile_bytes = _implementation(batch[0].data.device.type, sum(run.num_bytes for run in batch))
+        take_lanes, tile_bytes = _implementation(batch[0].data.device, sum(run.num_bytes for run in batch))
         tiles = _tiles(batch, tile_bytes)
         keys.append(tiles.key)
         lanes.append(take_lanes(tiles, batch))
@@ -186,18 +186,37 @@ TakeLanes = Callable[[Tiles, Sequence[Run]], torch.Tensor]
 
 
 @functools.cache
-def _kernel() -> TakeLanes | None:
+def _kernel(device: torch.device) -> TakeLanes | None:
+    """The kernel, if it has shown on this device that it can be trusted; else None, with a warning."""
     try:
         from forgather_ckpt.triton_digest import tile_lanes
     except ImportError:
-        logger.warning("Triton is not installed: digests of CUDA tensors take many times as long")
-        return None
-    return tile_lanes
+        problem: str | None = "Triton is not installed"
+    else:
+        problem = _what_is_wrong(tile_lanes, device)
+    if problem is None:
+        return tile_lanes
+    logger.warning("%s: digests of tensors on %s take many times as long", problem, device)
+    return None
 
 
-def _implementation(device_type: str, num_bytes: int) -> tuple[TakeLanes, int]:
-    """How the lanes of tiles are taken on a kind of device, and how large a tile shall be."""
-    if device_type == "cuda" and (kernel := _kernel()) is not None:
+def _what_is_wrong(take_lanes: TakeLanes, device: torch.device) -> str | None:
+    """What keeps an implementation from taking the digests that torch's operators take, tried on a few bytes. A compiler
+    that Triton needs, for one, is not in every container."""
+    data = torch.arange(5000, dtype=torch.int32, device=device).view(torch.uint8)[:-3]
+    batch = [Run(0, data, data.data_ptr(), data.numel(), 0)]
+    tiles = _tiles(batch, SMALL_TILE_BYTES)
+    try:
+        lanes = take_lanes(tiles, batch)
+    except Exception as err:
+        return f"Triton's kernel does not run ({type(err).__name__}: {err})"
+    is_right = torch.equal(lanes % PRIME, tile_lanes_in_torch(tiles, batch) % PRIME)
+    return None if is_right else "Triton's kernel takes wrong digests"
+
+
+def _implementation(device: torch.device, num_bytes: int) -> tuple[TakeLanes, int]:
+    """How the lanes of tiles are taken on a device, and how large a tile shall be."""
+    if device.type == "cuda" and (kernel := _kernel(device)) is not None:
         return kernel, LARGE_TILE_BYTES if num_bytes >= _MANY_BYTES else SMALL_TILE_BYTES
     return tile_lanes_in_torch, BLOCK_BYTES
 

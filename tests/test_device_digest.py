@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import sys
 from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -278,6 +280,36 @@ def test_no_parts_and_no_tensors_have_no_lanes():
     assert device_digest.block_lanes([(0, torch.empty(0), 0)]) == {}
     assert device_digest.block_digests([]) == []
     assert multilinear.add([]) == (0, 0)
+
+
+# ---- a kernel that cannot be had
+
+
+def no_compiler(*_: Any) -> torch.Tensor:
+    raise RuntimeError("Failed to find C compiler")
+
+
+@pytest.mark.parametrize(
+    ("take_lanes", "problem"),
+    [
+        (device_digest.tile_lanes_in_torch, None),
+        (lambda tiles, batch: device_digest.tile_lanes_in_torch(tiles, batch) + PRIME, None),  # the same modulo p
+        (no_compiler, "Triton's kernel does not run (RuntimeError: Failed to find C compiler)"),
+        (
+            lambda tiles, batch: device_digest.tile_lanes_in_torch(tiles, batch) + 1,
+            "Triton's kernel takes wrong digests",
+        ),
+        (None, "Triton is not installed"),
+    ],
+    ids=["right", "unreduced", "no compiler", "wrong", "not installed"],
+)
+def test_a_kernel_that_does_not_run_or_takes_wrong_digests_is_not_used(monkeypatch, caplog, take_lanes, problem):
+    """As in a container without a C compiler, which Triton needs at its first launch."""
+    kernel = None if take_lanes is None else SimpleNamespace(tile_lanes=take_lanes)
+    monkeypatch.setitem(sys.modules, "forgather_ckpt.triton_digest", kernel)
+    found = device_digest._kernel.__wrapped__(torch.device("cpu"))
+    told = [] if problem is None else [f"{problem}: digests of tensors on cpu take many times as long"]
+    assert (found, caplog.messages) == (None if problem else take_lanes, told)
 
 
 # ---- ranges of bytes of any layout

@@ -56,7 +56,7 @@ def test_the_kernel_takes_the_digests_that_torch_takes() -> None:
         return copy.conj() if tensor.is_conj() else copy
 
     def case(rank: int, world_size: int) -> tuple[int, list[int], list[int]]:
-        assert device_digest._kernel() is not None, "Triton is not installed"
+        assert device_digest._kernel(torch.device("cuda", 0)) is not None, "Triton is not installed"
         inputs = digest_inputs()
         expected = device_digest.block_digests(inputs)
         live = [on_device(one) for one in inputs]
