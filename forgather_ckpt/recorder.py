@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch.distributed as dist
 
 from forgather_ckpt import digest_log, digests, hashtree, names, structure
+from forgather_ckpt.callbacks.events import TrainerCallback
 from forgather_ckpt.component import StateComponent
 from forgather_ckpt.digest_log import Column, Part
 from forgather_ckpt.digest_writer import LogWriter
@@ -40,7 +41,7 @@ class _Progress(Protocol):
 
 
 class _Trainer(Protocol):
-    """What the recorder asks of a trainer that it is a hook of."""
+    """What the recorder asks of a trainer that it is a callback of."""
 
     @property
     def args(self) -> _Arguments: ...
@@ -53,12 +54,12 @@ class _Trainer(Protocol):
     def get_state_components(self) -> Sequence[StateComponent]: ...
 
 
-class DigestRecorder:
+class DigestRecorder(TrainerCallback):
     """Records 16 bytes for every tensor and value of the training state, every `every_n_steps` steps.
 
-    As a hook of a trainer, which records all components that the trainer declares, in `<output_dir>/digests`:
+    As a callback of a trainer, which records all components that the trainer declares, in `<output_dir>/digests`:
 
-    >>> DDPTrainer(model, args, dataset, on_step_end=[DigestRecorder()]).train()
+    >>> DDPTrainer(model, args, dataset, callbacks=[DigestRecorder()]).train()
 
     In a loop of one's own, with components or with whatever has a `state_dict()`:
 
@@ -76,7 +77,8 @@ class DigestRecorder:
 
     Where the disk fails, or the log cannot be used, the first error is logged, nothing more is recorded, and training
     goes on; `failure` has the error. With `strict=True` it is raised, each time. State that cannot be recorded raises always:
-    `StructureError`.
+    `StructureError`. What a callback raises is only logged; so that it ends the training, give the recorder among the
+    functions in `on_step_end=`.
     """
 
     def __init__(
@@ -103,6 +105,12 @@ class DigestRecorder:
         self._is_chosen = functools.lru_cache(maxsize=None)(_choice(self._include, self._exclude))
         self._is_strict = strict
         self._writer: LogWriter | None = None
+
+    def on_step_end(self, *_: Any, **facts: Any) -> None:
+        self(facts["trainer"])
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.close()
 
     def __call__(self, trainer: _Trainer) -> None:
         """After a step of a trainer: record it, if its number is a multiple of `every_n_steps`."""

@@ -235,11 +235,12 @@ def test_what_a_log_cannot_hold_is_refused_and_harms_none(
     assert [frame.step for frame in frames(tmp_path / LOG)] == [0, 1]
 
 
-# ---- as a hook
+# ---- in a trainer
 
 
-def test_a_trainer_is_recorded_as_it_declares_its_state(tmp_path: Path) -> None:
-    trainer = Trainer(make_model(), make_args(tmp_path), Points(), on_step_end=[DigestRecorder()])
+@pytest.mark.parametrize("place", ["callbacks", "on_step_end"])
+def test_a_trainer_is_recorded_as_it_declares_its_state(tmp_path: Path, place: str) -> None:
+    trainer = Trainer(make_model(), make_args(tmp_path), Points(), **{place: [DigestRecorder()]})
     trainer.train()
     found = frames(tmp_path / "digests" / LOG)
     assert [frame.step for frame in found] == [1, 2, 3, 4]

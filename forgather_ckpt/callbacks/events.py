@@ -75,10 +75,10 @@ class TrainerControl:
 class TrainerCallback:
     """Something that a trainer tells what happens; override what is of interest.
 
-    All ranks call all events, in the order in which the callbacks were given. `args` are the trainer's arguments. An
-    event that raises is logged and harms neither the training nor other callbacks. What a callback asks for it writes
-    into `control`; other returned values mean nothing. One that has `state_dict` and `load_state_dict` is saved with
-    each checkpoint, under its `name`, or else that of its class.
+    All ranks call all events, in the order in which the callbacks were given. `args` are the trainer's arguments; among
+    the keywords are always `trainer` and its `model`. An event that raises is logged and harms neither the training nor
+    other callbacks. What a callback asks for it writes into `control`; returned values mean nothing. One that has
+    `state_dict` and `load_state_dict` is saved with each checkpoint, under its `name`, or else that of its class.
     """
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forgather_ckpt.callbacks.events import TrainerState
 from forgather_ckpt.control import Wishes, refuse_unlike
 from forgather_ckpt.data.loader import in_groups
 from forgather_ckpt.data.seeding import mixed_seed, seed_all
@@ -243,11 +242,11 @@ class Run:
     # Telling
 
     def tell(self, event: str, **facts: Any) -> None:
-        """Call an event of all callbacks, with where the run is."""
-        state: TrainerState = self.trainer.update_state()
-        state.last_checkpoint, state.last_checkpoint_step = self.manager.last_path, self.manager.last_step
-        state.last_save_seconds = self.manager.last_save_seconds
-        self.trainer.events.tell(event, **facts)
+        """Call an event of all callbacks, with what has been saved."""
+        state, manager = self.trainer.state, self.manager
+        state.last_checkpoint, state.last_checkpoint_step = manager.last_path, manager.last_step
+        state.last_save_seconds = manager.last_save_seconds
+        self.trainer.tell(event, **facts)
 
     @contextmanager
     def _told_to_callbacks(self) -> Iterator[None]:

@@ -248,11 +248,11 @@ class Trainer:
         position = self.loader.position
         return self.progress.epoch + position.samples / position.num_samples
 
-    def update_state(self) -> TrainerState:
-        """What callbacks see, as it is now."""
+    def tell(self, event: str, **facts: Any) -> None:
+        """Call an event of all callbacks, with how far the training has come."""
         self.state.global_step, self.state.max_steps = self.progress.step, self.total_steps
         self.state.epoch = self.epochs_done
-        return self.state
+        self.events.tell(event, trainer=self, model=self.model, **facts)
 
     def is_finished(self) -> bool:
         if self.args.max_steps > 0:
@@ -283,8 +283,7 @@ class Trainer:
         for hook in self.on_step_end:
             hook(self)
         if self.events.callbacks:
-            self.update_state()
-            self.events.tell("on_step_end", metrics=StepMetrics(self.step_numbers()))
+            self.tell("on_step_end", metrics=StepMetrics(self.step_numbers()))
 
     def training_step(self, batches: Sequence[Batch]) -> torch.Tensor:
         """One optimizer step over these micro-batches; this rank's mean loss over them."""
@@ -355,8 +354,7 @@ class Trainer:
         self.history.append((step, numbers["loss"]))
         if self.rank == 0:
             logger.info("step %d of %d: loss %.6g", step, self.total_steps, numbers["loss"])
-        self.update_state()
-        self.events.tell("on_log", logs=numbers)
+        self.tell("on_log", logs=numbers)
 
     def to_device(self, batch: Batch) -> Batch:
         return map_leaves(
