@@ -350,6 +350,5 @@ def _is_list_of_keys(components: object) -> TypeGuard[Collection[str]]:
     return (
         isinstance(components, Collection)
         and not isinstance(components, (str, bytes, Mapping))
-        and len(components) > 0  # nothing asked for is a mistake, and must not look like success
         and all(isinstance(key, str) for key in components)
     )

@@ -103,7 +103,6 @@ WRONG_COMPONENTS: list[tuple[Any, str]] = [
     ("own", "components is 'own'; use a list of keys, such as ['model'], or None for all"),
     (5, "components is 5; use a list of keys"),
     ([5], "components is [5]; use a list of keys"),
-    ([], "components is []; use a list of keys"),
     ({"own": 1}, "components is {'own': 1}; use a list of keys"),
 ]
 
