@@ -636,3 +636,9 @@ def test_a_newest_checkpoint_that_cannot_be_read_is_not_passed_over_for_an_equal
     manifest.write_bytes(whole)
     (runs[0] / "checkpoint-5" / "checkpoint_manifest.json").write_bytes(b"")
     assert [fgckpt("diff", *runs).code, fgckpt("bisect", *runs).code] == [0, 0]  # what is damaged is older
+
+
+def test_a_run_that_is_not_there_is_named(fgckpt: Fgckpt, tmp_path: Path) -> None:
+    result = fgckpt("diff", f"{tmp_path / 'a'}@20", f"{tmp_path / 'b'}@20")
+    assert (result.code, result.out) == (3, "")
+    assert result.err == f"fgckpt: '{tmp_path}/a@20' selects no checkpoint: there is no run directory {tmp_path}/a\n"

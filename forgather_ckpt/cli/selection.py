@@ -97,6 +97,9 @@ def _by_path(run: Path, selector: str) -> Path:
             return path
     if Path(selector).is_dir():
         raise CheckpointNotFound(f"{selector!r} is not a checkpoint; if it is a run directory, say --dir {selector}")
+    directory, at, _ = selector.rpartition("@")
+    if at and not Path(directory).is_dir():
+        raise CheckpointNotFound(f"{selector!r} selects no checkpoint: there is no run directory {directory}")
     raise CheckpointNotFound(
         f"{selector!r} selects no checkpoint; use {resume.SELECTORS}, or the path of a checkpoint directory"
     )
