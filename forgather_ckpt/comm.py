@@ -326,12 +326,12 @@ class Comm:
                 return {rank: json.loads(self._store.get(key)) for rank, key in present.items()}
             if patience.look_around():
                 pending = [rank for rank, key in keys.items() if not self._store.check([key])]
-                dead = [rank for rank in pending if self._is_dead(rank) and not self._store.check([keys[rank]])]
-                if dead:
-                    raise RankTimeout(f"{phase} failed: {self._name_dead(dead)}", rank=dead[0])
                 gone = [rank for rank in pending if self._has_left(rank) and not self._store.check([keys[rank]])]
                 if gone:
                     raise RankFailed(f"{phase} failed: {self._name_gone(gone[0])}", rank=gone[0])
+                dead = [rank for rank in pending if self._is_dead(rank) and not self._store.check([keys[rank]])]
+                if dead:
+                    raise RankTimeout(f"{phase} failed: {self._name_dead(dead)}", rank=dead[0])
                 if late := patience.late(pending):
                     raise RankTimeout(
                         f"{phase} failed: no answer from {_ranks(late)} within {self.timeout_seconds:g} s "
@@ -356,10 +356,10 @@ class Comm:
             for rank in range(1, self.world_size):  # rank 0 cannot see processes of other nodes
                 if rank != self.rank and self._processes[rank].is_dead(self._processes[self.rank]):
                     self._store.set(f"dead/{rank}", "1")
-            if self._is_dead(0):
-                error = RankTimeout(f"{phase} failed: {self._name_dead([0])}", rank=0)
-            elif self._has_left(0):
+            if self._has_left(0):
                 error = RankFailed(f"{phase} failed: {self._name_gone(0)}", rank=0)
+            elif self._is_dead(0):
+                error = RankTimeout(f"{phase} failed: {self._name_dead([0])}", rank=0)
             elif patience.late([0]):
                 error = RankTimeout(f"{phase} failed: no verdict from rank 0 within the deadline", rank=0)
             else:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,16 +20,6 @@ settings.load_profile("patient")
 
 # A pool of OpenMP threads does not survive a fork: a rank that used it would hang.
 torch.set_num_threads(1)
-
-_LIBC = ctypes.CDLL(None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _free_memory_given_back() -> Iterator[None]:
-    """A fork takes as long as the parent is large, and malloc keeps what a module's large tensors took."""
-    yield
-    if hasattr(_LIBC, "malloc_trim"):  # glibc's
-        _LIBC.malloc_trim(0)
 
 
 def pytest_configure(config: pytest.Config) -> None:
