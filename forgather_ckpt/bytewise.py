@@ -40,6 +40,8 @@ class Compared(NamedTuple):
     verdicts: Mapping[int, Verdict]
     suspects: Suspects
     """Where this rank's bytes differ from those of its class' first."""
+    own_seconds: Mapping[int, float]
+    """Portion number -> what this rank spent on it, with what it waited for bytes."""
     seconds: float
     """On rank 0."""
 
@@ -68,6 +70,7 @@ def compare(job: Job, compared: Sequence[Holding], verdicts: Mapping[int, Verdic
         return {str(one.number): _device_of(one) for one in compared if one.number in verdicts}
 
     suspects: dict[int, Mapping[str, Sequence[int]]] = {}
+    own_seconds: dict[int, float] = {}
     fast = job.comm.agree("choosing how to compare bytes", links, lambda links: _fast_portions(links, verdicts))
 
     def differing() -> list[int]:
@@ -75,10 +78,12 @@ def compare(job: Job, compared: Sequence[Holding], verdicts: Mapping[int, Verdic
         for holding in sorted(compared, key=lambda one: one.number):
             if holding.number not in verdicts:
                 continue
+            begun = time.perf_counter()
             own = next(ranks for ranks in verdicts[holding.number].classes if job.comm.rank in ranks)
             if len(own) > 1 and (names := _compare(job, holding, own, is_fast=holding.number in fast)):
                 suspects[holding.number] = names
                 found.append(holding.number)
+            own_seconds[holding.number] = time.perf_counter() - begun
         return found
 
     def decide(reports: list[list[int]]) -> dict[str, Any]:
@@ -96,7 +101,7 @@ def compare(job: Job, compared: Sequence[Holding], verdicts: Mapping[int, Verdic
     with job.channels.guard():
         told = job.comm.agree("comparing all bytes", differing, decide)
     found = {int(number): Verdict(tuple(map(tuple, classes))) for number, classes in told["classes"].items()}
-    return Compared(found, suspects, told["seconds"])
+    return Compared(found, suspects, own_seconds, told["seconds"])
 
 
 def _device_of(holding: Holding) -> str:

@@ -7,36 +7,26 @@ compared. Where copies differ, `mismatch` finds out in what and how far.
 import datetime
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from forgather_ckpt import bytewise, digests, files, hashtree, memory, mismatch, paths, strict_json
 from forgather_ckpt.component import StateComponent
-from forgather_ckpt.differences import ReplicationReport, SetDifference, report_json
+from forgather_ckpt.differences import Finding, ReplicationReport, SetDifference, report_json
 from forgather_ckpt.digests import Blocks
 from forgather_ckpt.errors import StorageError
 from forgather_ckpt.holdings import Holding
 from forgather_ckpt.job import Job
-from forgather_ckpt.patterns import ValidationLevel
+from forgather_ckpt.patterns import ValidationLevel, strongest
 from forgather_ckpt.portions import Portion
 from forgather_ckpt.replication import Verdict, vote
 from forgather_ckpt.writing import changed
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the check found of one portion that has several holders."""
-
-    level: ValidationLevel
-    verdict: Verdict
-    excluded: tuple[str, ...] = ()
-    """The items that were not compared."""
-    difference: SetDifference | None = None
-    """None where all copies agree."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +38,8 @@ class Comparison:
     """Portion number -> block digests of the compared tensors."""
     on_host: Collection[int]
     """The portions whose digests are all of the host's algorithm, wherever their tensors lie."""
+    own_seconds: Mapping[int, float]
+    """Portion number -> what this rank spent on it."""
     seconds: float = 0.0
     """What comparing took on rank 0, without what was done about copies that differ."""
 
@@ -61,6 +53,7 @@ class Comparison:
             {kept[old]: finding for old, finding in self.findings.items() if old in kept},
             {kept[old]: blocks for old, blocks in self.blocks.items() if old in kept},
             {kept[old] for old in self.on_host if old in kept},
+            {kept[old]: seconds for old, seconds in self.own_seconds.items() if old in kept},
             self.seconds,
         )
 
@@ -101,16 +94,18 @@ def compare(
     Every rank calls it with the same `portions` and `levels`.
     """
     if not levels:
-        return Comparison({}, {}, ())
+        return Comparison({}, {}, (), {})
     whole = [holding for holding in held if holding.number in levels]
     excluded = {holding.number: holding.excluded() for holding in whole}
     compared = [holding.without(excluded[holding.number]) for holding in whole]
     roots = _compare_roots(job, portions, compared, excluded, levels)
-    verdicts, seconds = roots.verdicts, roots.seconds
+    verdicts, own_seconds, seconds = roots.verdicts, dict(roots.own_seconds), roots.seconds
     suspects: bytewise.Suspects = {}
     if full := {number: verdicts[number] for number, level in levels.items() if level is ValidationLevel.FULL}:
-        split, suspects, more = bytewise.compare(job, compared, full)
+        split, suspects, more_own, more = bytewise.compare(job, compared, full)
         verdicts, seconds = {**verdicts, **split}, seconds + more
+        for number, spent in more_own.items():
+            own_seconds[number] += spent
     differences: dict[int, SetDifference] = {}
     if differing := {number: verdict for number, verdict in verdicts.items() if not verdict.is_equal}:
         different = {holding.number: holding for holding in compared if holding.number in differing}
@@ -121,17 +116,18 @@ def compare(
         number: Finding(levels[number], verdict, roots.excluded[number], differences.get(number))
         for number, verdict in verdicts.items()
     }
-    return Comparison(findings, roots.blocks, roots.on_host, seconds)
+    return Comparison(findings, roots.blocks, roots.on_host, own_seconds, seconds)
 
 
 @dataclass(frozen=True)
 class _Roots:
-    """What the exchange of roots has told, by portion number; `blocks` are this rank's."""
+    """What the exchange of roots has told, by portion number; `blocks` and `own_seconds` are this rank's."""
 
     verdicts: dict[int, Verdict]
     excluded: Mapping[int, tuple[str, ...]]
     blocks: Mapping[int, Blocks]
     on_host: Collection[int]
+    own_seconds: Mapping[int, float]
     seconds: float
 
 
@@ -145,19 +141,26 @@ def _compare_roots(
     """Where some holders have on a device what others have on the host, all take host digests in a second round."""
     started = time.perf_counter()
     blocks: dict[int, Blocks] = {}
+    own_seconds: dict[int, float] = defaultdict(float)
+
+    @contextmanager
+    def clocked(number: int) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        own_seconds[number] += time.perf_counter() - begun
 
     def roots(numbers: Collection[int], *, on_host: bool) -> dict[str, Root]:
-        taken = {}
+        taken, begun = {}, []
         # devices begin with all portions before the host goes through the first
-        begun = [
-            (holding, digests.begin(holding.tensors.values(), job.comm.beat, on_host=on_host))
-            for holding in compared
-            if holding.number in numbers
-        ]
+        for holding in compared:
+            if holding.number in numbers:
+                with clocked(holding.number):
+                    begun.append((holding, digests.begin(holding.tensors.values(), job.comm.beat, on_host=on_host)))
         for holding, finish in begun:
-            names = "" if on_host else digests.device_names(holding.tensors.values())
-            blocks[holding.number] = finish()
-            root = hashtree.state_digest(_records(holding, blocks[holding.number])).hex()
+            with clocked(holding.number):
+                names = "" if on_host else digests.device_names(holding.tensors.values())
+                blocks[holding.number] = finish()
+                root = hashtree.state_digest(_records(holding, blocks[holding.number])).hex()
             taken[str(holding.number)] = (root, names, excluded[holding.number])
         return taken
 
@@ -175,6 +178,7 @@ def _compare_roots(
         {int(number): tuple(names) for number, (_, names) in found.items()},
         blocks,
         on_host,
+        own_seconds,
         seconds,
     )
 
@@ -228,10 +232,6 @@ def reports(
             differences=tuple(finding.difference for finding in findings if finding.difference is not None),
         )
     return found
-
-
-def strongest(levels: Iterable[ValidationLevel]) -> ValidationLevel:
-    return max(levels, key=list(ValidationLevel).index)
 
 
 def leave_report(job: Job, found: Mapping[str, ReplicationReport], step: int | None) -> None:

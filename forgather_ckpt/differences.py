@@ -14,7 +14,7 @@ from forgather_ckpt.errors import ReplicaMismatch
 from forgather_ckpt.names import printable
 from forgather_ckpt.names import shown as shown_name
 from forgather_ckpt.patterns import ValidationLevel
-from forgather_ckpt.replication import describe
+from forgather_ckpt.replication import Verdict, describe
 from forgather_ckpt.topology import Ranks
 
 _NUM_SHOWN_SETS = 10
@@ -205,6 +205,18 @@ class SetDifference:
             "items_not_shown": self.num_items_not_shown,
             "not_measured": self.num_not_measured,
         }
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the check found of one portion that has several holders."""
+
+    level: ValidationLevel
+    verdict: Verdict
+    excluded: tuple[str, ...] = ()
+    """The items that were not compared."""
+    difference: SetDifference | None = None
+    """None where all copies agree."""
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forgather_ckpt import hashtree
+from forgather_ckpt import hashtree, names
+from forgather_ckpt.differences import Finding
 from forgather_ckpt.errors import StorageError
-from forgather_ckpt.manifest import ComponentRecord, EntryRecord, FileRecord, Validation
+from forgather_ckpt.manifest import NOT_COMPARED, ComponentRecord, EntryRecord, FileRecord, Validation
+from forgather_ckpt.patterns import strongest
 from forgather_ckpt.portions import Declared, Portion
-from forgather_ckpt.topology import Topology
+from forgather_ckpt.topology import Ranks, Topology
+
+Parts = Sequence[tuple[int, Portion]]
+"""The portions of one entry, with their numbers."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,10 @@ class WriteReport:
     """Portion number -> digest of what this rank wrote of it."""
     weights: Mapping[str, str]
     """Tensor name -> file, of the component `model` where several ranks write it."""
+    check_seconds: Mapping[int, float]
+    """Portion number -> what this rank spent on comparing it."""
     seconds: Mapping[str, float]
+    """Of each phase."""
 
     def to_json(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -37,6 +45,7 @@ class WriteReport:
             num_bytes={int(number): size for number, size in data["num_bytes"].items()},
             digests={int(number): digest for number, digest in data["digests"].items()},
             weights=data["weights"],
+            check_seconds={int(number): seconds for number, seconds in data["check_seconds"].items()},
             seconds=data["seconds"],
         )
 
@@ -56,8 +65,8 @@ def component_records(
     declared: Sequence[Declared],
     portions: Sequence[Portion],
     num_items: Mapping[tuple[str, str], int],
+    findings: Mapping[int, Finding],
     reports: Sequence[WriteReport],
-    validations: Mapping[str, Validation],
     metadata: Mapping[str, Mapping[str, Any]],
     topology: Topology,
 ) -> dict[str, ComponentRecord]:
@@ -76,6 +85,9 @@ def component_records(
                 num_items=num_items[component.key, entry],
                 num_bytes=_checked_bytes(parts, reports),
                 digest=_joined(_digest(number, reports) for number, _ in parts),
+                validation=_validation(parts, findings, reports),
+                trusted=_trusted(parts, findings),
+                excluded=_excluded(parts, findings),
             )
         records[component.key] = ComponentRecord(
             pattern=component.pattern,
@@ -84,7 +96,6 @@ def component_records(
             group=component.group,
             entries=entries,
             digest=_joined(entry.digest for entry in entries.values()),
-            validation=validations[component.key],
             metadata=metadata[component.key],
         )
     return records
@@ -107,7 +118,32 @@ def timings(reports: Sequence[WriteReport]) -> dict[str, list[float]]:
     return dict(columns)
 
 
-def _writers(parts: Sequence[tuple[int, Portion]], reports: Sequence[WriteReport]) -> tuple[int, ...]:
+def _validation(parts: Parts, findings: Mapping[int, Finding], reports: Sequence[WriteReport]) -> Validation:
+    compared = [(portion, findings[number]) for number, portion in parts if number in findings]
+    num_items = sum(portion.num_items - len(finding.excluded) for portion, finding in compared)
+    if not num_items:
+        result = NOT_COMPARED.result
+    elif all(finding.verdict.is_equal for _, finding in compared):
+        result = "equal"
+    else:
+        result = "differed"
+    seconds = (sum(report.check_seconds.get(number, 0.0) for number, _ in parts) for report in reports)
+    return Validation(strongest(finding.level for _, finding in compared), result, num_items, round(max(seconds), 6))
+
+
+def _trusted(parts: Parts, findings: Mapping[int, Finding]) -> Ranks:
+    """The ranks that are in the majority of all portions; none where no copies differ."""
+    compared = [(portion, findings[number]) for number, portion in parts if number in findings]
+    minority = {rank for _, finding in compared for rank in finding.verdict.minority}
+    return tuple(sorted({rank for portion, _ in compared for rank in portion.holders} - minority)) if minority else ()
+
+
+def _excluded(parts: Parts, findings: Mapping[int, Finding]) -> tuple[str, ...]:
+    left_out = {name for number, _ in parts if number in findings for name in findings[number].excluded}
+    return tuple(sorted(set(map(names.item_name, left_out))))
+
+
+def _writers(parts: Parts, reports: Sequence[WriteReport]) -> tuple[int, ...]:
     pairs = {(portion.component, portion.entry) for _, portion in parts}
     return tuple(
         rank
@@ -116,7 +152,7 @@ def _writers(parts: Sequence[tuple[int, Portion]], reports: Sequence[WriteReport
     )
 
 
-def _checked_bytes(parts: Sequence[tuple[int, Portion]], reports: Sequence[WriteReport]) -> int:
+def _checked_bytes(parts: Parts, reports: Sequence[WriteReport]) -> int:
     total = 0
     for number, portion in parts:
         written = sum(report.num_bytes.get(number, 0) for report in reports)

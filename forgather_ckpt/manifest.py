@@ -6,14 +6,14 @@ sizes it gives (`catalog.read_checkpoint`). It is small, O(components + files), 
 Its `digest` is `xxh3_128` of the file's own bytes with the 32 hex digits of that digest replaced by zeros.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from forgather_ckpt import hashtree, paths, strict_json
 from forgather_ckpt.errors import FormatError, UnsupportedVersion
-from forgather_ckpt.patterns import SharingPattern, ValidationLevel
+from forgather_ckpt.patterns import SharingPattern, ValidationLevel, strongest
 from forgather_ckpt.strict_json import Fields
 from forgather_ckpt.topology import Coordinates, Ranks, Topology
 
@@ -35,6 +35,37 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """What was compared among the copies, and what came out.
+
+    `result` is "equal", "differed" (saved all the same, from the majority alone, because of `on_mismatch="warn"`)
+    or "not compared" (level NONE, or there is one copy only).
+    """
+
+    level: ValidationLevel
+    result: str
+    num_items: int = 0
+    """How many were compared."""
+    seconds: float = 0.0
+    """What taking digests and comparing bytes took on the rank that it took longest."""
+
+
+NOT_COMPARED = Validation(ValidationLevel.NONE, "not compared")
+
+
+def summary(validations: Iterable[Validation]) -> Validation:
+    """Several in one: the strongest level, the worst result, all items, the longest time."""
+    found = list(validations)
+    results = {one.result for one in found}
+    return Validation(
+        level=strongest(one.level for one in found),
+        result=next((result for result in ("differed", "equal") if result in results), NOT_COMPARED.result),
+        num_items=sum(one.num_items for one in found),
+        seconds=max((one.seconds for one in found), default=0.0),
+    )
+
+
+@dataclass(frozen=True)
 class EntryRecord:
     """One entry of a component: a namespace of items, stored once.
 
@@ -47,24 +78,11 @@ class EntryRecord:
     num_items: int
     num_bytes: int
     digest: str
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What was compared among the copies, and what came out.
-
-    `result` is "equal", "differed" (saved all the same, from `trusted` alone, because of `on_mismatch="warn"`)
-    or "not compared" (level NONE, or there is one copy only).
-    """
-
-    level: ValidationLevel
-    result: str
-    num_items: int = 0
-    seconds: float = 0.0
-    trusted: Mapping[str, Ranks] = field(default_factory=dict)
-    """By entry, the ranks whose state was stored though others had another."""
-    excluded: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """By entry, the items that were not compared because the component says so: one rank's are stored."""
+    validation: Validation = NOT_COMPARED
+    trusted: Ranks = ()
+    """Where copies differed, the ranks whose state was stored though others had another."""
+    excluded: Sequence[str] = ()
+    """The items that were not compared because the component says so: one rank's are stored."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +95,21 @@ class ComponentRecord:
     group: str | None
     entries: Mapping[str, EntryRecord]
     digest: str
-    validation: Validation
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def validation(self) -> Validation:
+        return summary(entry.validation for entry in self.entries.values())
+
+    @property
+    def trusted(self) -> dict[str, Ranks]:
+        """By entry in which copies differed, the ranks whose state was stored."""
+        return {name: entry.trusted for name, entry in self.entries.items() if entry.trusted}
+
+    @property
+    def excluded(self) -> dict[str, Sequence[str]]:
+        """By entry, the items that were not compared."""
+        return {name: entry.excluded for name, entry in self.entries.items() if entry.excluded}
 
     @property
     def num_items(self) -> int:
@@ -250,7 +281,6 @@ def check_version(version: str, what: str) -> None:
 
 
 def _component_to_json(record: ComponentRecord) -> dict[str, Any]:
-    validation = record.validation
     return {
         "pattern": record.pattern,
         "names": record.names,
@@ -260,14 +290,7 @@ def _component_to_json(record: ComponentRecord) -> dict[str, Any]:
         "bytes": record.num_bytes,
         "digest": record.digest,
         "writers": list(record.writers),
-        "validation": {
-            "level": validation.level,
-            "result": validation.result,
-            "items": validation.num_items,
-            "seconds": validation.seconds,
-            "trusted": {entry: list(ranks) for entry, ranks in validation.trusted.items()},
-            "excluded": {entry: list(names) for entry, names in validation.excluded.items()},
-        },
+        "validation": _validation_to_json(record.validation),
         "metadata": dict(record.metadata),
         "entries": {
             name: {
@@ -277,16 +300,27 @@ def _component_to_json(record: ComponentRecord) -> dict[str, Any]:
                 "items": entry.num_items,
                 "bytes": entry.num_bytes,
                 "digest": entry.digest,
+                "validation": {
+                    **_validation_to_json(entry.validation),
+                    "trusted": list(entry.trusted),
+                    "excluded": list(entry.excluded),
+                },
             }
             for name, entry in record.entries.items()
         },
     }
 
 
+def _validation_to_json(validation: Validation) -> dict[str, Any]:
+    return {
+        "level": validation.level,
+        "result": validation.result,
+        "items": validation.num_items,
+        "seconds": validation.seconds,
+    }
+
+
 def _component_from_json(data: Fields, world_size: int) -> ComponentRecord:
-    validation = Fields(data.mapping("validation"), f"{data.where}, validation")
-    trusted = Fields(validation.mapping("trusted"), f"{validation.where}, trusted")
-    excluded = Fields(validation.data.get("excluded", {}), f"{validation.where}, excluded")
     return ComponentRecord(
         pattern=SharingPattern(data.text("pattern")),
         names=data.text("names"),
@@ -297,14 +331,6 @@ def _component_from_json(data: Fields, world_size: int) -> ComponentRecord:
             for name, entry in data.mapping("entries").items()
         },
         digest=data.digest("digest"),
-        validation=Validation(
-            level=ValidationLevel(validation.text("level")),
-            result=validation.text("result"),
-            num_items=validation.number("items"),
-            seconds=float(validation.data.get("seconds", 0.0)),
-            trusted={entry: tuple(trusted.numbers(entry)) for entry in trusted.data},
-            excluded={entry: tuple(excluded.texts(entry)) for entry in excluded.data},
-        ),
         metadata=data.mapping("metadata"),
     )
 
@@ -314,6 +340,7 @@ def _entry_from_json(data: Fields, world_size: int) -> EntryRecord:
     if not all(rank < world_size for rank in ranks):
         raise FormatError(f"{data.where} names ranks {ranks} of a job of {world_size}")
     coordinates = data.data.get("coordinates")
+    validation = Fields(data.mapping("validation"), f"{data.where}, validation")
     return EntryRecord(
         ranks=ranks,
         coordinates=None if coordinates is None else tuple((axis, at, size) for axis, at, size in coordinates),
@@ -321,4 +348,12 @@ def _entry_from_json(data: Fields, world_size: int) -> EntryRecord:
         num_items=data.number("items"),
         num_bytes=data.number("bytes"),
         digest=data.digest("digest"),
+        validation=Validation(
+            level=ValidationLevel(validation.text("level")),
+            result=validation.text("result"),
+            num_items=validation.number("items"),
+            seconds=float(validation.data.get("seconds", 0.0)),
+        ),
+        trusted=tuple(validation.numbers("trusted")),
+        excluded=tuple(validation.texts("excluded")),
     )

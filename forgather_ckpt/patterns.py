@@ -5,6 +5,7 @@ them holds it for all). `topology.sets_of` computes the sets; nothing else in th
 pattern, but for the two facts in the table below.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -35,6 +36,11 @@ class ValidationLevel(StrEnum):
     """As QUICK, and a difference names the items and the ranks in the minority."""
     FULL = "full"
     """As TENSOR, and differing items are compared element by element."""
+
+
+def strongest(levels: Iterable[ValidationLevel]) -> ValidationLevel:
+    """The one that finds most; NONE of none."""
+    return max(levels, key=list(ValidationLevel).index, default=ValidationLevel.NONE)
 
 
 @dataclass(frozen=True)

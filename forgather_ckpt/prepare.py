@@ -228,13 +228,13 @@ def _recipe(
 ) -> Recipe | None:
     manifest = library.manifest
     record = manifest.components[component.key]
-    if record.validation.trusted:
+    if record.trusted:
         logger.warning(
             "component %r was saved although its copies differed; ranks outside %s get the majority's state",
             component.key,
-            {entry: describe(ranks) for entry, ranks in record.validation.trusted.items()},
+            {entry: describe(ranks) for entry, ranks in record.trusted.items()},
         )
-    if num_excluded := sum(len(names) for names in record.validation.excluded.values()):
+    if num_excluded := sum(len(names) for names in record.excluded.values()):
         logger.warning(
             "%d item(s) of component %r were not compared when it was saved (validation_exclude): all ranks that share "
             "them get one rank's",

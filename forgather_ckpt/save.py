@@ -18,13 +18,12 @@ from forgather_ckpt import (
     index,
     inventory,
     logical,
-    names,
     paths,
     plan,
     strict_json,
     writing,
 )
-from forgather_ckpt.check import Comparison, Finding, compare, level_of
+from forgather_ckpt.check import Comparison, compare, level_of
 from forgather_ckpt.comm import Comm
 from forgather_ckpt.component import StateComponent
 from forgather_ckpt.declarations import agreed, declare
@@ -34,10 +33,9 @@ from forgather_ckpt.holdings import Holding, holdings
 from forgather_ckpt.index import IndexEntry
 from forgather_ckpt.inventory import WriteReport
 from forgather_ckpt.job import Job
-from forgather_ckpt.manifest import CheckpointManifest, FileRecord, Validation
+from forgather_ckpt.manifest import CheckpointManifest, FileRecord
 from forgather_ckpt.patterns import ValidationLevel
 from forgather_ckpt.plan import Extent, Piece
-from forgather_ckpt.portions import Portion
 from forgather_ckpt.settle import Settlement, settle
 from forgather_ckpt.structure import collector_paused
 from forgather_ckpt.topology import Ranks
@@ -205,7 +203,7 @@ def _write_and_commit(
                 on_progress=job.comm.beat,
             )
             content.comparison.refuse_changed(held)
-        return _report(assignments, held, written, clock).to_json()
+        return _report(assignments, held, written, content.comparison, clock).to_json()
 
     def seal(columns: list[dict[str, Any]]) -> list[Any]:
         manifest = _manifest(job, request, draft, content, columns, parent)
@@ -265,7 +263,11 @@ def _num_writers(component: str, content: _Content, world_size: int) -> int:
 
 
 def _report(
-    assignments: Sequence[Assignment | None], held: Sequence[Holding], written: Written, clock: _Clock
+    assignments: Sequence[Assignment | None],
+    held: Sequence[Holding],
+    written: Written,
+    comparison: Comparison,
+    clock: _Clock,
 ) -> WriteReport:
     by_number = {holding.number: one for holding, one in zip(held, assignments, strict=True) if one is not None}
     entries = iter(written.entries)
@@ -286,6 +288,7 @@ def _report(
         num_bytes={number: assignment.num_bytes for number, assignment in by_number.items()},
         digests=digests,
         weights=weights,
+        check_seconds=comparison.own_seconds,
         seconds=clock.seconds,
     )
 
@@ -320,8 +323,8 @@ def _manifest(
             agreed(kept),
             content.settled.portions,
             content.settled.num_items,
+            content.comparison.findings,
             reports,
-            {component.key: _validation(component.key, content) for component in kept},
             {component.key: component.metadata for component in kept},
             job.topology,
         ),
@@ -337,39 +340,3 @@ def _manifest(
         timings=inventory.timings(reports),
         elapsed_seconds=request.elapsed_seconds,
     )
-
-
-def _validation(key: str, content: _Content) -> Validation:
-    """What the manifest says of the check of one component."""
-    portions = content.settled.portions
-    findings = {n: f for n, f in content.comparison.findings.items() if portions[n].component == key}
-    if not findings:
-        return Validation(ValidationLevel.NONE, "not compared")
-    excluded: dict[str, tuple[str, ...]] = {}
-    for number, finding in findings.items():
-        if finding.excluded:
-            entry = portions[number].entry
-            left_out = map(names.item_name, finding.excluded)
-            excluded[entry] = tuple(sorted({*excluded.get(entry, ()), *left_out}))
-    differed = _trusted({number: portions[number] for number in findings}, findings)
-    num_items = sum(portions[number].num_items - len(finding.excluded) for number, finding in findings.items())
-    return Validation(
-        level=check.strongest(finding.level for finding in findings.values()),
-        result="differed" if differed else "equal" if num_items else "not compared",
-        num_items=num_items,
-        seconds=round(content.comparison.seconds, 6),
-        trusted=differed,
-        excluded=excluded,
-    )
-
-
-def _trusted(portions: Mapping[int, Portion], findings: Mapping[int, Finding]) -> dict[str, Ranks]:
-    """By entry in which copies differed, the ranks that are in the majority of all its portions."""
-    minority: dict[str, set[int]] = {}
-    for number, finding in findings.items():
-        if not finding.verdict.is_equal:
-            minority.setdefault(portions[number].entry, set()).update(finding.verdict.minority)
-    return {
-        entry: tuple(sorted({rank for one in portions.values() if one.entry == entry for rank in one.holders} - ranks))
-        for entry, ranks in minority.items()
-    }

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from forgather_ckpt.check import compare, leave_report, level_of, reports, strongest
+from forgather_ckpt.check import compare, leave_report, level_of, reports
 from forgather_ckpt.declarations import declare
 from forgather_ckpt.differences import ReplicationReport
 from forgather_ckpt.errors import DeclarationError
 from forgather_ckpt.holdings import holdings
 from forgather_ckpt.job import Job
-from forgather_ckpt.patterns import ValidationLevel
+from forgather_ckpt.patterns import ValidationLevel, strongest
 from forgather_ckpt.settle import settle
 
 

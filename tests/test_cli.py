@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from forgather_ckpt.manifest import CheckpointManifest, Validation
 from forgather_ckpt.patterns import SharingPattern, ValidationLevel
 from forgather_ckpt.policies import Best, Stored
 from forgather_ckpt.resume import Candidate
+from forgather_ckpt.topology import Topology
 from tests.components import Box
 from tests.test_layers import LIGHT, module_names
 
@@ -391,18 +393,29 @@ def test_show_tells_what_a_checkpoint_is_made_of(fgckpt: Fgckpt, make: Make, tmp
 def test_show_tells_the_result_of_the_replication_check(
     fgckpt: Fgckpt, make: Make, tmp_path: Path, saved: Path
 ) -> None:
-    components = dict(CheckpointManifest.load(saved).components)
+    manifest = CheckpointManifest.load(saved)
+    components = dict(manifest.components)
     model = dataclasses.replace(
         components["model"], pattern=SharingPattern.PER_GROUP, group="dp", names="local", required=True
     )
-    equal = Validation(ValidationLevel.TENSOR, "equal", num_items=3)
-    differed = Validation(ValidationLevel.QUICK, "differed", num_items=3, trusted={"all": (0,)})
-    equal = dataclasses.replace(equal, excluded={"pp=0/2": ("mean", "var"), "pp=1/2": ("mean",)})
+    compared = [Validation(ValidationLevel.TENSOR, "equal", num_items=n, seconds=n / 1000) for n in (2, 1)]
+    differed = Validation(ValidationLevel.QUICK, "differed", num_items=3, seconds=1.25)
+    stages = [
+        dataclasses.replace(model.entries["all"], ranks=ranks, validation=validation, excluded=excluded)
+        for ranks, validation, excluded in zip(((0, 1), (2, 3)), compared, (("mean", "var"), ("mean",)), strict=True)
+    ]
+    progress = components["progress"]
+    entry = dataclasses.replace(progress.entries["all"], validation=differed, trusted=(0,))
+    apart = dataclasses.replace(stages[0], validation=differed, trusted=(1,), excluded=())
+    entries = [(key, name) for key in ("model", "other") for name in ("pp=0/2", "pp=1/2")] + [("progress", "all")]
     make(
         10,
+        topology=Topology(rank=0, world_size=4, nodes=((0, 1, 2, 3),), node_source="test"),
+        indexes=dict.fromkeys(manifest.indexes, entries),
         components={
-            "model": dataclasses.replace(model, validation=equal),
-            "progress": dataclasses.replace(components["progress"], validation=differed),
+            "model": dataclasses.replace(model, entries=dict(zip(("pp=0/2", "pp=1/2"), stages, strict=True))),
+            "progress": dataclasses.replace(progress, entries={"all": entry}),
+            "other": dataclasses.replace(model, entries={"pp=0/2": apart, "pp=1/2": stages[1]}),
         },
         omitted={"sampler": "has no\nstate"},
     )
@@ -410,6 +423,17 @@ def test_show_tells_the_result_of_the_replication_check(
     assert "PER_GROUP (dp)" in out
     assert "TENSOR: 3 items equal on all holders, 3 not compared" in out
     assert "QUICK: DIFFERED, saved from rank 0" in out
+    assert "TENSOR: DIFFERED, saved pp=0/2 from rank 1, 1 not compared" in out
+    lines = [re.split("  +", line) for line in fgckpt("show", "--entries", "-d", tmp_path).out.splitlines()]
+    found = [(*line[:3], *line[-2:]) for line in lines if line[1:2] and line[1] in ("pp=0/2", "pp=1/2", "all")]
+    second = ("pp=1/2", "2-3", "TENSOR: 1 item equal on all holders, 1 not compared", "1.0 ms")
+    assert found == [
+        ("model", "pp=0/2", "0-1", "TENSOR: 2 items equal on all holders, 2 not compared", "2.0 ms"),
+        ("model", *second),
+        ("progress", "all", "0", "QUICK: DIFFERED, saved from rank 0", "1,250.0 ms"),
+        ("other", "pp=0/2", "0-1", "QUICK: DIFFERED, saved from rank 1", "1,250.0 ms"),
+        ("other", *second),
+    ]
     assert "left out: sampler: has no\\nstate" in out
 
 

@@ -28,8 +28,7 @@ from forgather_ckpt import (
 )
 from forgather_ckpt.cli import main
 from forgather_ckpt.cli.differences import old_and_new
-from forgather_ckpt.manifest import CheckpointManifest, ComponentRecord, EntryRecord, FileRecord, Validation
-from forgather_ckpt.patterns import ValidationLevel
+from forgather_ckpt.manifest import CheckpointManifest, ComponentRecord, EntryRecord, FileRecord
 from forgather_ckpt.topology import Topology
 from tests.checkpoints import assign, write
 from tests.components import Box, sample
@@ -411,7 +410,6 @@ def publish(run: Path, contents: Mapping[int, torch.Tensor], cut_at: int | None)
             group=None,
             entries={"all": EntryRecord((0,), None, (0,), 1, num_bytes, digest)},
             digest=digest,
-            validation=Validation(ValidationLevel.NONE, "not compared"),
         )
         manifest = CheckpointManifest(
             step, draft.sequence, "periodic", "", Topology.single(), {"model": component}, records, indexes

@@ -21,8 +21,8 @@ from forgather_ckpt.dtypes import ITEM_BYTES
 from forgather_ckpt.errors import CheckpointDamaged, FormatError
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from forgather_ckpt.index import AliasRow, Box, Index, IndexEntry, TensorRow, ValueRow
-from forgather_ckpt.manifest import CheckpointManifest, ComponentRecord, EntryRecord, FileRecord, Validation
-from forgather_ckpt.patterns import SharingPattern, ValidationLevel
+from forgather_ckpt.manifest import CheckpointManifest, ComponentRecord, EntryRecord, FileRecord
+from forgather_ckpt.patterns import SharingPattern
 from forgather_ckpt.topology import Coordinates, Topology
 from tests.states import tensor_bytes, tensor_of
 
@@ -84,8 +84,7 @@ def side(
             for name in dict.fromkeys(part.entry for part in own)
         }
         names = "global" if set(entries) == {"all"} else "local"
-        check = Validation(ValidationLevel.NONE, "not compared")
-        components[key] = ComponentRecord(pattern, names, True, None, entries, "0" * 32, check)
+        components[key] = ComponentRecord(pattern, names, True, None, entries, "0" * 32)
     indexes = {f"index-{number:05}.json": [(part.component, part.entry)] for number, part in enumerate(parts)}
     index_digests = {
         name: hashtree.digest(repr(part).encode()).hex() for name, part in zip(indexes, parts, strict=True)

@@ -5,8 +5,7 @@ import pytest
 from forgather_ckpt import SharingPattern, StateComponent
 from forgather_ckpt.entries import Resize, check_pattern, entry_for
 from forgather_ckpt.errors import LoadMismatch
-from forgather_ckpt.manifest import ComponentRecord, EntryRecord, Validation
-from forgather_ckpt.patterns import ValidationLevel
+from forgather_ckpt.manifest import ComponentRecord, EntryRecord
 from forgather_ckpt.topology import Group, Topology, sets_of
 
 GLOBAL, PER_RANK, REPLICATED, PER_GROUP, PER_NODE = (
@@ -47,7 +46,6 @@ def stored(one: StateComponent, old: Topology, *, without: tuple[str, ...] = ())
             for name, ranks in entries.items()
         },
         digest="0" * 32,
-        validation=Validation(ValidationLevel.NONE, "not compared"),
     )
 
 

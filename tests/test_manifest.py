@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from forgather_ckpt import hashtree, manifest, paths
 from forgather_ckpt.errors import FormatError, UnsupportedVersion
 from forgather_ckpt.manifest import (
+    NOT_COMPARED,
     CheckpointManifest,
     ComponentRecord,
     EntryRecord,
@@ -50,9 +51,20 @@ def sample() -> CheckpointManifest:
                 names="global",
                 required=True,
                 group=None,
-                entries={"all": EntryRecord((0, 1, 2, 3), None, (0, 1), 2, 48, hex_digest("model"))},
+                entries={
+                    "all": EntryRecord(
+                        ranks=(0, 1, 2, 3),
+                        coordinates=None,
+                        writers=(0, 1),
+                        num_items=3,
+                        num_bytes=48,
+                        digest=hex_digest("model"),
+                        validation=Validation(ValidationLevel.TENSOR, "differed", 2, 0.25),
+                        trusted=(0, 1, 3),
+                        excluded=("norm.running_mean",),
+                    )
+                },
                 digest=hex_digest("model"),
-                validation=Validation(ValidationLevel.TENSOR, "differed", 2, 0.25, {"all": (0, 1, 3)}),
                 metadata={"note": "αβ", "nested": {"list": [1, None]}},
             ),
             "stage": ComponentRecord(
@@ -65,7 +77,6 @@ def sample() -> CheckpointManifest:
                     "pp=1/2": EntryRecord((1, 3), (("pp", 1, 2),), (1,), 1, 8, hex_digest("b")),
                 },
                 digest=hex_digest("stage"),
-                validation=Validation(ValidationLevel.NONE, "not compared"),
             ),
         },
         files={
@@ -112,9 +123,23 @@ def test_sums_and_writers_come_from_the_entries():
     found = CheckpointManifest.from_bytes(DATA)
     assert (found.world_size, found.num_bytes) == (4, 4944)
     assert [(one.num_items, one.num_bytes, one.writers) for one in found.components.values()] == [
-        (2, 48, (0, 1)),
+        (3, 48, (0, 1)),
         (2, 16, (0, 1)),
     ]
+
+
+def test_a_component_was_checked_as_strictly_and_differed_as_badly_as_any_of_its_entries():
+    def component(*validations: Validation) -> Validation:
+        stage = sample().components["stage"]
+        first = stage.entries["pp=0/2"]
+        entries = {str(n): dataclasses.replace(first, validation=one) for n, one in enumerate(validations)}
+        return dataclasses.replace(stage, entries=entries).validation
+
+    quick = Validation(ValidationLevel.QUICK, "equal", 3, 0.5)
+    full = Validation(ValidationLevel.FULL, "differed", 4, 0.25)
+    assert component() == component(NOT_COMPARED, NOT_COMPARED) == NOT_COMPARED
+    assert component(NOT_COMPARED, quick) == component(quick, NOT_COMPARED) == quick
+    assert component(quick, full) == component(full, quick) == Validation(ValidationLevel.FULL, "differed", 7, 0.5)
 
 
 def test_its_digest_is_that_of_its_own_bytes_with_the_digest_zeroed():
@@ -206,9 +231,11 @@ def test_a_forged_digest_would_be_believed():
         (changed("indexes", "index-00000.json", to=[[{}, []]]), "malformed"),
         (changed("indexes", "index-00000.json", to=5), "malformed"),
         (changed("components", "model", "pattern", to="sharded"), "malformed"),
-        (changed("components", "model", "validation", "level", to="deep"), "malformed"),
-        (changed("components", "model", "validation", "seconds", to=10**400), "malformed"),
-        (changed("components", "model", "validation", "trusted", to={"all": 3}), "field 'all' is a int"),
+        (changed("components", "model", "entries", "all", "validation", to=None), "field 'validation' is"),
+        (changed("components", "model", "entries", "all", "validation", "level", to="deep"), "malformed"),
+        (changed("components", "model", "entries", "all", "validation", "seconds", to=10**400), "malformed"),
+        (changed("components", "model", "entries", "all", "validation", "trusted", to=3), "field 'trusted' is a int"),
+        (changed("components", "model", "entries", "all", "validation", "excluded", to=[3]), "holds a int"),
         (changed("components", "model", "entries", "all", "ranks", to=[0, 4]), "names ranks (0, 4) of a job of 4"),
         (changed("components", "model", "entries", "all", "coordinates", to=[["pp", 0]]), "malformed"),
     ],

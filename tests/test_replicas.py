@@ -188,7 +188,7 @@ def test_with_warn_the_majority_alone_is_stored_and_named(tmp_path: Path):
         manifest = CheckpointManifest.load(tmp_path / f"checkpoint-{step}")
         record = manifest.components["model"]
         assert record.validation.result == "differed"
-        assert record.validation.trusted == {"all": ranks}
+        assert record.trusted == {"all": ranks}
         assert record.entries["all"].writers == ranks
         writers = {
             file.writer for name, file in manifest.files.items() if name.startswith("model") and "index" not in name

@@ -696,9 +696,8 @@ def test_what_is_excluded_may_differ_and_comes_from_the_lowest_of_the_majority(t
     records = [CheckpointManifest.load(tmp_path / f"checkpoint-{step}").components["model"] for step in (1, 2)]
     excluded = {"all": ("norm.running_mean", "norm.running_var")}
     for record, result, trusted in zip(records, ("equal", "differed"), ({}, {"all": (1, 2)}), strict=True):
-        validation = record.validation
-        assert (validation.result, validation.trusted, validation.excluded) == (result, trusted, excluded)
-        assert validation.num_items == 5
+        assert (record.validation.result, record.trusted, record.excluded) == (result, trusted, excluded)
+        assert record.validation.num_items == 5
     for outcome in outcomes:
         assert (
             "saving all the same, from the majority alone: 'model' differs between ranks [1-2] and rank 0"
@@ -724,7 +723,7 @@ def test_with_warn_the_majoritys_bytes_are_stored_also_where_every_item_has_anot
 
     assert the_same(values(run_ranks(4, case))) == (True, "warn")
     record = CheckpointManifest.load(tmp_path / "checkpoint-3").components["x"]
-    assert record.validation.trusted == {"all": (0, 3)}
+    assert record.trusted == {"all": (0, 3)}
     assert set(record.entries["all"].writers) <= {0, 3}
 
 
@@ -887,6 +886,62 @@ def test_groups_are_compared_each_in_itself(tmp_path: Path):
     assert "'four' differs between ranks [0-1, 3] and rank 2 at 'w'" in message
     assert "expected identical state in fours (0-3)" in message
     assert "'pair' differs between rank 6 and rank 7 at 'w'" in message
+
+
+@pytest.mark.parametrize("level", ["quick", "tensor", "full"])
+def test_the_manifest_tells_of_each_entry_what_was_compared(level: str, tmp_path: Path):
+    """Two pairs of replicas, of which one is equal, with one item in one and three in the other."""
+
+    def case(rank: int, world_size: int) -> None:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+        stage = rank // 2
+        state = {f"w{number}": torch.full((3,), float(stage)) for number in range(1 + 2 * stage)}
+        if rank == 3:
+            state["w2"][1] += 1
+        declared = [
+            StateComponent("stage", Box(state), PER_GROUP, "dp", validation_level=level, validation_exclude=["w1"]),
+            StateComponent(
+                "shared",
+                Box({f"{name}.{stage}": tensor for name, tensor in state.items()}),
+                PER_GROUP,
+                "dp",
+                names="global",
+                validation_level="quick",
+                validation_exclude=["w2.*"],
+            ),
+            StateComponent("alone", Box({"rank": rank}), PER_RANK),
+            StateComponent("unchecked", Box({"w": rank}), REPLICATED, validation_level="none"),
+        ]
+        groups = {"mesh": mesh}
+        with CheckpointCoordinator(declared, tmp_path, process_groups=groups, on_mismatch="warn") as coordinator:
+            coordinator.save_checkpoint(1)
+
+    values(run_ranks(4, case))
+    manifest = CheckpointManifest.load(tmp_path / "checkpoint-1")
+    told = {
+        key: {
+            name: (one.validation.level, one.validation.result, one.validation.num_items, one.trusted, one.excluded)
+            for name, one in record.entries.items()
+        }
+        for key, record in manifest.components.items()
+    }
+    nothing = ("none", "not compared", 0, (), ())
+    assert told == {
+        "stage": {
+            "pp=0/2": (level, "equal", 1, (), ()),
+            "pp=1/2": (level, "differed", 2, (2,), ("w1",)),
+        },
+        "alone": {f"rank={rank}": nothing for rank in range(4)},
+        "shared": {"all": ("quick", "equal", 3, (), ("w2.1",))},
+        "unchecked": {"all": nothing},
+    }
+    for record in manifest.components.values():
+        for one in record.entries.values():
+            assert (one.validation.seconds > 0) == (one.validation.num_items > 0)
+    stage = json.loads((tmp_path / "checkpoint-1/checkpoint_manifest.json").read_text())["components"]["stage"]
+    both = stage["validation"]
+    assert (both["level"], both["result"], both["items"]) == (level, "differed", 3)
+    assert both["seconds"] == max(entry["validation"]["seconds"] for entry in stage["entries"].values())
 
 
 @pytest.mark.parametrize("declared", [None, "none", "tensor", "full"])

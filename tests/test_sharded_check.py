@@ -189,8 +189,8 @@ def test_with_warn_each_part_comes_from_its_majority(tmp_path: Path):
 
     for whole in values(run_ranks(6, case, timeout=60)):
         assert torch.equal(whole, torch.arange(8.0))
-    validation = CheckpointManifest.load(tmp_path / "checkpoint-1").components["model"].validation
-    assert (validation.result, validation.trusted) == ("differed", {"all": (0, 2, 3, 4, 5)})
+    record = CheckpointManifest.load(tmp_path / "checkpoint-1").components["model"]
+    assert (record.validation.result, record.trusted) == ("differed", {"all": (0, 2, 3, 4, 5)})
 
 
 def test_parts_that_data_parallel_replicas_hold_on_meshes_of_their_own_are_compared(tmp_path: Path):

@@ -638,7 +638,7 @@ def test_with_warn_training_goes_on_and_saves_the_majority(tmp_path):
 
     outcomes = run_ranks(3, case)
     assert values(outcomes) == [4] * 3
-    assert CheckpointManifest.load(tmp_path / "checkpoint-4").components["model"].validation.trusted == {"all": (0, 1)}
+    assert CheckpointManifest.load(tmp_path / "checkpoint-4").components["model"].trusted == {"all": (0, 1)}
 
 
 @pytest.mark.multiprocess

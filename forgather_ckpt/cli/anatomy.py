@@ -12,18 +12,21 @@ from forgather_ckpt.catalog import Checkpoint
 from forgather_ckpt.cli import listing, selection, table, text
 from forgather_ckpt.cli.table import Column, Table
 from forgather_ckpt.index import TensorRow
-from forgather_ckpt.manifest import CheckpointManifest, ComponentRecord, Validation
+from forgather_ckpt.manifest import CheckpointManifest, ComponentRecord, EntryRecord, summary
 from forgather_ckpt.replication import describe
 
 
 @click.command("show", short_help="Show what a checkpoint is made of.")
 @click.argument("selector", default="latest")
 @selection.run_option
+@click.option("--entries", "with_entries", is_flag=True, help="List the components' entries, each with its check.")
 @click.option("--files", "with_files", is_flag=True, help="List the files.")
 @click.option("--tensors", "with_tensors", is_flag=True, help="List all items; reads the indexes, no tensor's bytes.")
 @click.option("--args", "with_args", is_flag=True, help="Show the training arguments and the environment.")
 @selection.json_option
-def show(selector: str, run: Path, with_files: bool, with_tensors: bool, with_args: bool, as_json: bool) -> None:
+def show(
+    selector: str, run: Path, with_entries: bool, with_files: bool, with_tensors: bool, with_args: bool, as_json: bool
+) -> None:
     """\b
     Example: fgckpt show latest --tensors -d runs/gpt2
 
@@ -46,6 +49,9 @@ def show(selector: str, run: Path, with_files: bool, with_tensors: bool, with_ar
     click.echo(f"{text.plural(len(manifest.files), 'file')}  {text.size(manifest.num_bytes)}")
     if manifest.metrics:
         click.echo("metrics: " + "  ".join(_pairs(manifest.metrics)))
+    if with_entries:
+        click.echo()
+        table.write(_entries(manifest))
     if with_files:
         click.echo()
         table.write(_files(manifest))
@@ -138,9 +144,37 @@ def _components(manifest: CheckpointManifest) -> Table:
             describe(record.writers),
             f"{record.num_items:,}",
             text.size(record.num_bytes),
-            _check(record.validation),
+            _check(record.entries),
         ]
         for key, record in manifest.components.items()
+    ]
+    return Table(columns, rows)
+
+
+def _entries(manifest: CheckpointManifest) -> Table:
+    columns = [
+        Column("COMPONENT"),
+        Column("ENTRY"),
+        Column("RANKS"),
+        Column("WRITERS"),
+        Column("ITEMS", "right"),
+        Column("SIZE", "right"),
+        Column("CHECK"),
+        Column("TOOK", "right"),
+    ]
+    rows = [
+        [
+            text.printable(key),
+            text.printable(name),
+            describe(entry.ranks),
+            describe(entry.writers),
+            f"{entry.num_items:,}",
+            text.size(entry.num_bytes),
+            _check({name: entry}),
+            f"{entry.validation.seconds * 1000:,.1f} ms" if entry.validation.num_items else "",
+        ]
+        for key, record in manifest.components.items()
+        for name, entry in record.entries.items()
     ]
     return Table(columns, rows)
 
@@ -150,17 +184,20 @@ def _pattern(record: ComponentRecord) -> str:
     return f"{record.pattern.name}{group}"
 
 
-def _check(validation: Validation) -> str:
-    num_excluded = sum(len(names) for names in validation.excluded.values())
+def _check(entries: Mapping[str, EntryRecord]) -> str:
+    """What was compared of some entries of a component, in one line."""
+    found = summary(entry.validation for entry in entries.values())
+    num_excluded = sum(len(entry.excluded) for entry in entries.values())
     excluded = f", {num_excluded} not compared" if num_excluded else ""
-    match validation.result:
+    match found.result:
         case "equal":
-            return (
-                f"{validation.level.name}: {text.plural(validation.num_items, 'item')} equal on all holders{excluded}"
-            )
+            return f"{found.level.name}: {text.plural(found.num_items, 'item')} equal on all holders{excluded}"
         case "differed":
-            trusted = "; ".join(describe(ranks) for ranks in validation.trusted.values())
-            return f"{validation.level.name}: DIFFERED, saved from rank {trusted}{excluded}"
+            of = {name: f"{text.printable(name)} " if len(entries) > 1 else "" for name in entries}
+            trusted = "; ".join(
+                f"{of[name]}from rank {describe(entry.trusted)}" for name, entry in entries.items() if entry.trusted
+            )
+            return f"{found.level.name}: DIFFERED, saved {trusted}{excluded}"
         case result:
             return text.printable(result)
 
