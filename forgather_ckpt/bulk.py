@@ -144,5 +144,6 @@ def _group(store: dist.Store, rank: int, size: int, device: torch.device, timeou
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
+    options.is_high_priority_stream = True  # transfers are what takes long: other kernels shall not keep them waiting
     with torch.cuda.device(device):
         return ProcessGroupNCCL(store, rank, size, options)

@@ -194,9 +194,10 @@ def _differing_segments(
         finish_one()
     channel.settle()
     if compared:  # one copy from the device, not one a chunk
-        flags = torch.cat([slots for _, slots in compared]).cpu().split([len(slots) for _, slots in compared])
-        for (chunk, _), slots in zip(compared, flags, strict=True):
-            yield from _touched(chunk, slots.nonzero().flatten().tolist())
+        flags = torch.cat([slots for _, slots in compared]).cpu()
+        if flags.any():
+            for (chunk, _), slots in zip(compared, flags.split([len(slots) for _, slots in compared]), strict=True):
+                yield from _touched(chunk, slots.nonzero().flatten().tolist())
 
 
 def _bytes(chunk: Sequence[Segment], device: torch.device) -> torch.Tensor:
