@@ -5,9 +5,10 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from forgather_ckpt import catalog, files, paths, pruning, resume, retention
+from forgather_ckpt import annotations, catalog, files, paths, pruning, resume, retention
 from forgather_ckpt.catalog import Catalog, Checkpoint
 from forgather_ckpt.errors import CheckpointDamaged, CheckpointNotFound, DeclarationError, UnsupportedVersion
+from forgather_ckpt.names import printable
 from forgather_ckpt.policies import Best
 
 logger = logging.getLogger(__name__)
@@ -17,10 +18,10 @@ def candidates(run: Path, which: str | int | Path | None, *, avoid: Collection[s
     """The checkpoints to try, in order: `which` of a run directory, or the one at a path.
 
     `avoid`: digests of manifests, such as of those at which the job died before; where the choice is ours (None or
-    "latest") they are passed over with a warning.
+    "latest") they are passed over with a warning, and so are newer ones that a person has quarantined.
 
     `CheckpointNotFound` where there is none, or none but those to avoid; `CheckpointDamaged` where there is nothing but
-    damaged ones.
+    damaged or quarantined ones.
     """
     if isinstance(which, Path) or (isinstance(which, str) and not resume.is_selector(which)):
         if isinstance(which, str) and os.sep not in which and not Path(which).is_dir():
@@ -47,7 +48,12 @@ def candidates(run: Path, which: str | int | Path | None, *, avoid: Collection[s
             if step is not None and rejected.path.name == paths.checkpoint(step):
                 raise CheckpointDamaged(f"{err.message}; {rejected.path} is not whole: {rejected.reason}") from err
         raise
-    return _without(chosen, avoid, run) if which in (None, "latest") else chosen
+    if which not in (None, "latest"):
+        return chosen
+    for path, reason in quarantined(found).items():
+        if any(one.path == path and one.manifest.sequence > chosen[0].manifest.sequence for one in found.checkpoints):
+            logger.warning("%s is passed over: quarantined: %s", path, printable(reason))
+    return _without(chosen, avoid, run)
 
 
 def _without(chosen: list[Checkpoint], avoid: Collection[str], run: Path) -> list[Checkpoint]:
@@ -65,19 +71,35 @@ def _without(chosen: list[Checkpoint], avoid: Collection[str], run: Path) -> lis
 
 
 def chosen_of(found: Catalog, which: str | int | None, *, ranked: Sequence[Path] | None = None) -> list[Checkpoint]:
-    """The checkpoints of a run directory to try, in order, as `resume.choose` has it, or `CheckpointNotFound`.
+    """The checkpoints of a run directory to try, in order, as `resume.choose` has it, or `CheckpointNotFound`. One that
+    is quarantined is found by its step alone; `CheckpointDamaged` where there are only such.
 
     `ranked`: the best first; by default as `ranking` says.
     """
-    by_path = {checkpoint.path: checkpoint for checkpoint in found.checkpoints}
+    aside = {} if resume.step_of(which) is not None else quarantined(found)
+    by_path = {checkpoint.path: checkpoint for checkpoint in found.checkpoints if checkpoint.path not in aside}
+    if aside and not by_path:
+        # "none" would be an invitation to start afresh, over them
+        newest = found.checkpoints[0].path
+        raise CheckpointDamaged(
+            f"all checkpoints of {newest.parent} are quarantined, {newest.name}: {printable(aside[newest])}; name a step to "
+            "load it all the same",
+            path=str(newest),
+        )
     if ranked is None:
         ranked = _ranked(found) if resume.is_by_rank(which) else []
     chosen = resume.choose(
-        [checkpoint.candidate for checkpoint in found.checkpoints],
+        [checkpoint.candidate for checkpoint in by_path.values()],
         which,
         ranked=[by_path[path].candidate for path in ranked],
     )
     return [by_path[one.path] for one in chosen]
+
+
+def quarantined(found: Catalog) -> dict[Path, str]:
+    """Those that a person has set aside, newest first, each with the reason."""
+    noted = {one.path: annotations.read(one.path, one.manifest.digest).quarantined for one in found.checkpoints}
+    return {path: reason for path, reason in noted.items() if reason is not None}
 
 
 def ranking(found: Catalog) -> Best:

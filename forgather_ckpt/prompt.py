@@ -33,7 +33,7 @@ def is_terminal(stream_in: TextIO | None = None, stream_out: TextIO | None = Non
 def without_terminal(run: str | Path, found: Sequence[Stored]) -> str:
     """What is said where there is nobody to ask."""
     return (
-        f"{run} holds {_checkpoints(found)}, the newest of step {found[0].step}, nothing says whether to go on from there, "
+        f"{run} holds {_checkpoints(found)}, the newest of step {_newest(found).step}, nothing says whether to go on from there, "
         "and there is no terminal to ask at: say --auto-resume to go on, or --fresh to start over (in code: "
         'resume_from_checkpoint="auto" or False)'
     )
@@ -84,7 +84,7 @@ class Question:
 
     @property
     def text(self) -> str:
-        newest = self.found[0]
+        newest = _newest(self.found)
         facts = ", ".join(filter(None, (self._age(newest), self._metric(newest))))
         return (
             f"Found {_checkpoints(self.found)} in {printable(str(self.run))}; the newest is step {newest.step:,} "
@@ -149,6 +149,11 @@ class Question:
             if (value := rankable(one.metrics.get(name))) is not None:
                 return f"{printable(name)} {value:.5g}"
         return ""
+
+
+def _newest(found: Sequence[Stored]) -> Stored:
+    """The one that "auto" takes, if it is whole."""
+    return next((one for one in found if not one.is_quarantined), found[0])
 
 
 def _checkpoints(found: Sequence[Stored]) -> str:

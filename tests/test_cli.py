@@ -497,12 +497,13 @@ def test_verify_names_what_is_damaged_and_what_a_resume_would_use(fgckpt: Fgckpt
     damage(file)
     result = fgckpt("verify", "--all", "-d", tmp_path)
     assert result.code == 1
-    first, problem, good, advice = result.out.splitlines()
+    first, problem, good, advice, remedy = result.out.splitlines()
     assert first.split()[:2] == ["DAMAGED", "checkpoint-20"]
     assert problem.strip().startswith(f"{file.name}: component 'model': 'half': block 1 of 1 (bytes ")
     assert good.split()[:2] == ["ok", "checkpoint-10"]
     assert advice == "→ resume latest would use step 10"
-    assert fgckpt("verify", "20", "-d", tmp_path).out.endswith("step 10 (not checked here)\n")
+    assert remedy == f"→ to set aside what is damaged: fgckpt verify 20 --quarantine -d {tmp_path}"
+    assert "→ resume latest would use step 10 (not checked here)\n" in fgckpt("verify", "20", "-d", tmp_path).out
 
     data = fgckpt("verify", "--json", "20", "10", "-d", tmp_path)
     assert data.code == 1
@@ -529,6 +530,35 @@ def test_verify_checks_rejected_ones_and_warns_of_those_that_it_does_not_check(
         assert "DAMAGED  checkpoint-20" in result.out
         assert "is missing" in result.out
         assert "→ resume latest would use step 10" in result.out
+
+
+def test_verify_sets_aside_what_is_damaged(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        make(step)
+    damage(tensor_file(tmp_path / "checkpoint-10"))
+    damage(tensor_file(tmp_path / "checkpoint-30"))
+    tensor_file(make(40)).unlink()
+    result = fgckpt("verify", "--all", "--quarantine", "-d", tmp_path)
+    assert (result.code, result.err) == (1, "")
+    assert result.out.splitlines()[-3:] == [
+        "quarantined checkpoint-30",
+        "quarantined checkpoint-10",
+        "→ resume latest would use step 20",
+    ]
+    states = {
+        one["step"]: (one["roles"], one["quarantined"]) for one in fgckpt("ls", tmp_path, "--json").data["checkpoints"]
+    }
+    assert states[20] == (["latest"], None)
+    assert all(states[step][0] == ["quarantined"] for step in (10, 30))
+    assert "'half': block 1 of 1" in states[30][1]
+    assert fgckpt("show", "-d", tmp_path).out.startswith("checkpoint-20  ")
+    assert fgckpt("show", "30", "-d", tmp_path).out.startswith("checkpoint-30  ")
+
+    assert fgckpt("unquarantine", "30", "10", "-d", tmp_path).code == 0
+    assert fgckpt("show", "-d", tmp_path).out.startswith("checkpoint-30  ")
+    assert fgckpt("verify", "--all", "-d", tmp_path).out.splitlines()[-1] == (
+        f"→ to set aside what is damaged: fgckpt verify 30 10 --quarantine -d {tmp_path}"
+    )
 
 
 def test_verify_without_anything_good_left(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:
@@ -679,7 +709,7 @@ def test_an_interrupt_is_exit_code_130(
 @pytest.mark.parametrize(
     "arguments",
     [["-h"], ["--help"], ["ls", "-h"], ["show", "-h"], ["verify", "-h"]]
-    + [[name, "-h"] for name in ("prune", "pin", "unpin", "save", "stop")],
+    + [[name, "-h"] for name in ("prune", "pin", "unpin", "quarantine", "unquarantine", "save", "stop")],
 )
 def test_help_opens_with_an_example(arguments: list[str], fgckpt: Fgckpt) -> None:
     result = fgckpt(*arguments)

@@ -334,12 +334,44 @@ def test_pins_leave_what_else_was_noted_and_may_be_set_while_a_job_trains(fgckpt
     data = fgckpt("pin", "latest", "-d", run, "--note", "b", "--json").data
     held.release()
     path = str(run / "checkpoint-5")
-    assert data == {
-        "schema": "fgckpt.pin/1",
-        "checkpoints": [{"path": path, "step": 5, "pinned": True, "notes": ["a", "b"]}],
-    }
+    found = {"path": path, "step": 5, "pinned": True, "quarantined": None, "notes": ["a", "b"]}
+    assert data == {"schema": "fgckpt.pin/1", "checkpoints": [found]}
     assert noted(run / "checkpoint-5") == annotations.Annotations(True, None, ("a", "b"), {"f1": 1})
     assert fgckpt("unpin", "latest", "-d", run, "--json").data["schema"] == "fgckpt.unpin/1"
+
+
+def test_a_quarantined_checkpoint_is_found_by_its_step_alone_until_that_is_taken_back(
+    fgckpt: Fgckpt, run: Path
+) -> None:
+    annotations.annotate(run / "checkpoint-5", lambda noted: dataclasses.replace(noted, is_pinned=True, notes=("a",)))
+    before = [fgckpt("show", selector, "-d", run, "--json").data["path"] for selector in ("latest", "best")]
+    assert before == [str(run / f"checkpoint-{step}") for step in (5, 2)]
+    result = fgckpt("quarantine", "5", "best", "-d", run, "--why", "the loss\nwent up")
+    assert (result.code, result.err) == (0, "")
+    assert result.out == f"quarantined {run}/checkpoint-5\nquarantined {run}/checkpoint-2\n"
+    assert noted(run / "checkpoint-5") == annotations.Annotations(True, "the loss\nwent up", ("a",))
+    for selector, step in (("latest", 4), ("latest~1", 3), ("best", 3), ("5", 5), ("step:2", 2)):
+        assert fgckpt("show", selector, "-d", run, "--json").data["path"] == str(run / f"checkpoint-{step}")
+    fgckpt("prune", "--yes", "-d", run, "--keep-last", "1")
+    assert steps(run) == [2, 4, 5]
+    data = fgckpt("unquarantine", "5", "-d", run, "--json").data
+    assert (data["schema"], data["checkpoints"][0]["quarantined"]) == ("fgckpt.unquarantine/1", None)
+    assert noted(run / "checkpoint-5") == annotations.Annotations(True, None, ("a",))
+    assert fgckpt("show", "-d", run, "--json").data["path"] == str(run / "checkpoint-5")
+
+
+def test_a_quarantine_needs_a_reason(fgckpt: Fgckpt, run: Path) -> None:
+    assert fgckpt("quarantine", "5", "-d", run).code == 2
+    assert noted(run / "checkpoint-5") == annotations.Annotations()
+
+
+def test_where_all_are_quarantined_a_step_must_be_named(fgckpt: Fgckpt, run: Path) -> None:
+    found = [str(step) for step in steps(run)]
+    fgckpt("quarantine", *found, "-d", run, "--why", "a bad disk")
+    result = fgckpt("show", "-d", run)
+    assert result.code == 1
+    assert f"all checkpoints of {run} are quarantined, checkpoint-5: a bad disk; name a step" in result.err
+    assert fgckpt("ls", run).code == 0
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,14 @@ def test_what_is_told_of_it(newest: Stored, best: Best | None, told: str) -> Non
     assert f"Found 1 checkpoint in runs/gpt2; the newest is {told}.  Resume?" in question([newest], best).text
 
 
+def test_what_is_quarantined_is_not_the_newest() -> None:
+    aside, usable = stored(9, is_quarantined=True), stored(7)
+    assert "Found 2 checkpoints in runs/gpt2; the newest is step 7 (" in question([aside, usable]).text
+    assert "the newest of step 7, nothing says" in prompt.without_terminal("runs/gpt2", [aside, usable])
+    assert "periodic, quarantined" in question([aside, usable]).listing
+    assert question([aside, usable]).answer("9\n") == 9
+
+
 def test_the_list_has_a_line_for_each() -> None:
     assert question().listing.splitlines() == [
         "  step 19,000   4 min ago  periodic       eval_loss 3.2345",

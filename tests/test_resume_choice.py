@@ -237,6 +237,43 @@ def test_what_cannot_be_ranked_is_never_the_best(tmp_path):
     assert steps(tmp_path, "best") == [2]
 
 
+def set_aside(path: Path, why: str = "it diverged") -> None:
+    annotate(path, lambda noted: dataclasses.replace(noted, quarantined=why))
+
+
+def test_what_is_quarantined_is_taken_by_its_step_or_path_alone(tmp_path, caplog):
+    first, _, _, fourth = (save(tmp_path, step, float(step)) for step in (1, 2, 3, 4))
+    for path in (first, fourth):
+        set_aside(path)
+    assert steps(tmp_path, None) == steps(tmp_path, "latest") == [3, 2]
+    assert caplog.text.count(f"{fourth} is passed over: quarantined: it diverged") == 2
+    assert str(first) not in caplog.text  # an older one would not have been taken
+    assert steps(tmp_path, "latest~1") == [2]
+    assert steps(tmp_path, "best") == [2]
+    assert steps(tmp_path, 4) == steps(tmp_path, "step:4") == steps(tmp_path, fourth) == [4]
+    assert choice.named(tmp_path).manifest.step == 3
+    assert choice.named(f"{tmp_path}@4").manifest.step == 4
+    with pytest.raises(CheckpointNotFound, match="committed steps: 3, 2"):
+        steps(tmp_path, "latest~2")
+
+
+def test_where_all_are_quarantined_none_is_taken_and_no_run_starts_afresh(tmp_path):
+    for step in (1, 2):
+        set_aside(save(tmp_path, step), f"reason {step}")
+    for which in (None, "latest", "latest~1", "best"):
+        with pytest.raises(CheckpointDamaged, match="are quarantined, checkpoint-2: reason 2; name a step"):
+            steps(tmp_path, which)
+    assert steps(tmp_path, 1) == [1]
+
+
+def test_a_quarantine_that_cannot_be_read_is_none(tmp_path, caplog):
+    path = save(tmp_path, 1)
+    set_aside(path)
+    (path / paths.ANNOTATIONS).write_text("{")
+    assert steps(tmp_path, None) == [1]
+    assert "ignored" in caplog.text
+
+
 def test_a_later_evaluation_counts_before_the_one_at_the_save(tmp_path):
     first = save(tmp_path, 1, 3.0)
     save(tmp_path, 2, 2.0)

@@ -1,5 +1,6 @@
 """The training loop: arguments, schedules, one step, what is saved when, and what a resume takes up."""
 
+import dataclasses
 import json
 import math
 import re
@@ -11,8 +12,15 @@ import pytest
 import torch
 from torch import nn
 
+from forgather_ckpt.annotations import annotate
 from forgather_ckpt.component import StateComponent
-from forgather_ckpt.errors import CheckpointError, CheckpointNotFound, DeclarationError, ReplicaMismatch
+from forgather_ckpt.errors import (
+    CheckpointDamaged,
+    CheckpointError,
+    CheckpointNotFound,
+    DeclarationError,
+    ReplicaMismatch,
+)
 from forgather_ckpt.manifest import CheckpointManifest
 from forgather_ckpt.patterns import SharingPattern
 from forgather_ckpt.trainers import DDPTrainer, Trainer, TrainingArguments
@@ -494,6 +502,20 @@ def test_the_checkpoint_asked_for_is_taken(finished_run, choice, expected):
     resumed_from = trainer.train().resumed_from
     assert resumed_from == (finished_run / expected if expected else None)
     assert trainer.history[0][0] == (int(expected[-1]) if expected else 0) + 1
+
+
+def test_a_quarantined_checkpoint_is_passed_over_and_a_run_with_no_other_does_not_start_afresh(tmp_path):
+    def go_on(choice: Any) -> Path | None:
+        settings = {"max_steps": 3, "save_strategy": "no", "resume_from_checkpoint": choice}
+        return Trainer(make_model(), make_args(tmp_path, **settings), Points()).train().resumed_from
+
+    Trainer(make_model(), make_args(tmp_path, max_steps=2, save_strategy="steps", save_steps=1), Points()).train()
+    first, second = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
+    annotate(second, lambda noted: dataclasses.replace(noted, quarantined="it diverged"))
+    assert [go_on(choice) for choice in ("auto", True, 2)] == [first, first, second]
+    annotate(first, lambda noted: dataclasses.replace(noted, quarantined="so did it"))
+    with pytest.raises(CheckpointDamaged, match="are quarantined, checkpoint-2: it diverged; name a step"):
+        go_on("auto")
 
 
 @pytest.mark.parametrize("choice", [7, "checkpoint-of-elsewhere"])

@@ -15,7 +15,7 @@ from forgather_ckpt.cli.asking import save, stop
 from forgather_ckpt.cli.bisection import bisect
 from forgather_ckpt.cli.comparison import diff
 from forgather_ckpt.cli.listing import ls
-from forgather_ckpt.cli.pinning import pin, unpin
+from forgather_ckpt.cli.pinning import pin, quarantine, unpin, unquarantine
 from forgather_ckpt.cli.recording import digests
 from forgather_ckpt.cli.removal import prune
 from forgather_ckpt.cli.resumption import resume_command_
@@ -55,7 +55,7 @@ _EPILOG = (
     "  best, best~1          the best by the metric of the training (eval_loss), the second best\n"
     "  emergency             the newest that a signal caused\n"
     "  epoch:3               the one of the end of the third epoch\n"
-    "  15000, step:15000     the checkpoint of that step\n"
+    "  15000, step:15000     the checkpoint of that step, the only selector of quarantined ones\n"
     "  PATH                  a checkpoint directory\n"
     "  RUN, RUN@SELECTOR     with diff: the newest one of a run directory, or that one\n"
     "\n\b\nExit codes:\n" + "\n".join(f"  {code:<3}  {meaning}" for code, meaning in _MEANINGS.items())
@@ -89,6 +89,8 @@ fgckpt.add_command(digests)
 fgckpt.add_command(prune)
 fgckpt.add_command(pin)
 fgckpt.add_command(unpin)
+fgckpt.add_command(quarantine)
+fgckpt.add_command(unquarantine)
 fgckpt.add_command(save)
 fgckpt.add_command(stop)
 fgckpt.add_command(resume_command_)

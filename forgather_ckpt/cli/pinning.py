@@ -1,6 +1,7 @@
-"""`fgckpt pin` and `fgckpt unpin`: a person's word that a checkpoint stays, whatever the policies say."""
+"""`fgckpt pin` and `quarantine`: a person's word that a checkpoint stays, whatever the policies say, or is set aside."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import click
 from forgather_ckpt import annotations, catalog
 from forgather_ckpt.annotations import Annotations
 from forgather_ckpt.cli import selection, text
+
+Change = Callable[[Annotations], Annotations]
 
 _selectors = click.argument("selectors", nargs=-1, required=True, metavar="SELECTOR...")
 _note_option = click.option("--note", metavar="TEXT", help="Why, to be noted beside the checkpoint.")
@@ -25,7 +28,7 @@ def pin(selectors: tuple[str, ...], run: Path, note: str | None, as_json: bool) 
 
     Pin checkpoints: neither a training nor `fgckpt prune` removes them, until `fgckpt unpin`. A job may be training.
     """
-    _annotate(selectors, run, note, as_json, is_pinned=True)
+    _annotate(selectors, run, as_json, "pinned", _noting(note, is_pinned=True))
 
 
 @click.command("unpin", short_help="Leave checkpoints to the policies again.")
@@ -39,29 +42,61 @@ def unpin(selectors: tuple[str, ...], run: Path, note: str | None, as_json: bool
 
     Take the pins away: the next save or `fgckpt prune` removes those that no policy keeps.
     """
-    _annotate(selectors, run, note, as_json, is_pinned=False)
+    _annotate(selectors, run, as_json, "unpinned", _noting(note, is_pinned=False))
 
 
-def _annotate(selectors: tuple[str, ...], run: Path, note: str | None, as_json: bool, *, is_pinned: bool) -> None:
-    """Pin or unpin all that are meant; where one of them is not there, none."""
+@click.command("quarantine", short_help="Set checkpoints aside: no resume takes them by itself.")
+@_selectors
+@selection.run_option
+@click.option("--why", required=True, metavar="TEXT", help="What is wrong, to be noted beside the checkpoint.")
+@selection.json_option
+def quarantine(selectors: tuple[str, ...], run: Path, why: str, as_json: bool) -> None:
+    """\b
+    Example: fgckpt quarantine 15000 -d runs/gpt2 --why "saved after the loss went up"
 
+    Set checkpoints aside. "latest", "best" and the like pass over them, no policy counts them, and nothing removes them;
+    only their step or path still names them. A job may be training.
+    """
+    _annotate(selectors, run, as_json, "quarantined", lambda noted: dataclasses.replace(noted, quarantined=why))
+
+
+@click.command("unquarantine", short_help="Take checkpoints for good again.")
+@_selectors
+@selection.run_option
+@selection.json_option
+def unquarantine(selectors: tuple[str, ...], run: Path, as_json: bool) -> None:
+    """\b
+    Example: fgckpt unquarantine 15000 -d runs/gpt2
+
+    Take back `fgckpt quarantine`, or what `fgckpt verify --quarantine` has done. Checkpoints are named by their steps.
+    """
+    _annotate(selectors, run, as_json, "unquarantined", lambda noted: dataclasses.replace(noted, quarantined=None))
+
+
+def _noting(note: str | None, *, is_pinned: bool) -> Change:
     def change(noted: Annotations) -> Annotations:
         notes = noted.notes if note is None else (*noted.notes, note)
         return dataclasses.replace(noted, is_pinned=is_pinned, notes=notes)
 
+    return change
+
+
+def _annotate(selectors: tuple[str, ...], run: Path, as_json: bool, done: str, change: Change) -> None:
+    """Change what is noted of all that are meant; where one of them is not there, of none."""
     found = [catalog.read_checkpoint(selection.find(run, selector)) for selector in selectors]
     told: list[dict[str, Any]] = []
     for checkpoint in {checkpoint.path.resolve(): checkpoint for checkpoint in found}.values():
         noted = annotations.annotate(checkpoint.path, change)
         if not as_json:
-            click.echo(f"{'pinned' if is_pinned else 'unpinned'} {text.printable(str(checkpoint.path))}")
+            click.echo(f"{done} {text.printable(str(checkpoint.path))}")
         told.append(
             {
                 "path": str(checkpoint.path.absolute()),
                 "step": checkpoint.manifest.step,
                 "pinned": noted.is_pinned,
+                "quarantined": noted.quarantined,
                 "notes": list(noted.notes),
             }
         )
     if as_json:
-        selection.write_json(f"fgckpt.{'pin' if is_pinned else 'unpin'}/1", {"checkpoints": told})
+        selection.write_json(f"fgckpt.{click.get_current_context().info_name}/1", {"checkpoints": told})

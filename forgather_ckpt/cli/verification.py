@@ -1,17 +1,17 @@
 """`fgckpt verify`: check every byte of checkpoints against the digests taken when they were written."""
 
+import dataclasses
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from forgather_ckpt import catalog, resume
+from forgather_ckpt import annotations, catalog, choice, resume
 from forgather_ckpt import verify as offline
 from forgather_ckpt.cli import selection, table, text
-from forgather_ckpt.errors import CheckpointNotFound
+from forgather_ckpt.errors import CheckpointError, CheckpointNotFound
 from forgather_ckpt.resume import Candidate
 from forgather_ckpt.verify import Problem, Verification
 
@@ -22,8 +22,11 @@ _NUM_SHOWN = 20
 @click.argument("selectors", nargs=-1, metavar="[SELECTOR]...")
 @selection.run_option
 @click.option("--all", "every", is_flag=True, help="Check all checkpoints of the run directory, newest first.")
+@click.option(
+    "--quarantine", is_flag=True, help="Set aside what is damaged: neither a resume nor a policy takes it any more."
+)
 @selection.json_option
-def verify(selectors: tuple[str, ...], run: Path, every: bool, as_json: bool) -> int:
+def verify(selectors: tuple[str, ...], run: Path, every: bool, quarantine: bool, as_json: bool) -> int:
     """\b
     Example: fgckpt verify --all -d runs/gpt2
 
@@ -40,6 +43,8 @@ def verify(selectors: tuple[str, ...], run: Path, every: bool, as_json: bool) ->
         if not as_json:
             for line in _report(result):
                 click.echo(line)
+        if quarantine and not result.is_good:
+            _quarantine(result)
     if as_json:
         selection.write_json("fgckpt.verify/1", _data(results))
     else:
@@ -90,6 +95,15 @@ def _report(result: Verification) -> Iterator[str]:
         yield f"         not part of it: {', '.join(map(text.printable, result.untidy[:_NUM_SHOWN]))}"
 
 
+def _quarantine(result: Verification) -> None:
+    try:
+        catalog.read_checkpoint(result.path)
+    except CheckpointError:
+        return  # nothing takes it for a checkpoint as it is
+    reason = _sentence(result.problems[0])
+    annotations.annotate(result.path, lambda noted: dataclasses.replace(noted, quarantined=noted.quarantined or reason))
+
+
 def _sentence(problem: Problem) -> str:
     component = "" if problem.component is None else f"component {problem.component!r}: "
     item = "" if problem.item is None else f"{problem.item!r}: "
@@ -103,21 +117,30 @@ def next_resume(candidates: Sequence[Candidate], damaged: Collection[Path]) -> C
 
 
 def _advice(results: Sequence[Verification]) -> Iterator[str]:
-    """For each run directory with damage, what a resume would use."""
+    """For each run directory with damage, what is set aside, and what a resume would use."""
     damaged = {result.path.resolve() for result in results if not result.is_good}
     checked = {result.path.resolve() for result in results}
     for run in dict.fromkeys(path.parent for path in damaged):
         found = catalog.scan(run)
+        aside = choice.quarantined(found)
+        whole = [one for one in found.checkpoints if one.path.resolve() in damaged]
+        for one in whole:
+            if one.path in aside:
+                yield f"quarantined {text.printable(one.path.name)}"
         if (newer := selection.of_newer_version(found)) is not None:
             yield f"→ resume latest would refuse: {text.printable(newer.path.name)} is of a newer format"
-            continue
-        candidates = [checkpoint.candidate for checkpoint in found.checkpoints]
-        chosen = next_resume(candidates, damaged)
-        if chosen is None:
-            yield f"→ resume latest in {text.printable(str(run))} would find nothing good"
         else:
-            how = "" if chosen.path.resolve() in checked else " (not checked here)"
-            yield f"→ resume latest would use step {chosen.step}{how}"
+            usable = [one.candidate for one in found.checkpoints if one.path not in aside]
+            yield _next_resume_told(run, next_resume(usable, damaged), checked)
+        if loose := [str(one.manifest.step) for one in whole if one.path not in aside]:
+            yield f"→ to set aside what is damaged: fgckpt verify {' '.join(loose)} --quarantine -d {text.printable(str(run))}"
+
+
+def _next_resume_told(run: Path, chosen: Candidate | None, checked: Collection[Path]) -> str:
+    if chosen is None:
+        return f"→ resume latest in {text.printable(str(run))} would find nothing good"
+    how = "" if chosen.path.resolve() in checked else " (not checked here)"
+    return f"→ resume latest would use step {chosen.step}{how}"
 
 
 def _warn_of_rejected(run: Path, directories: Sequence[Path]) -> None:
@@ -139,7 +162,7 @@ def _data(results: Sequence[Verification]) -> dict[str, Any]:
                 "files": result.num_files,
                 "bytes": result.num_bytes,
                 "seconds": round(result.seconds, 6),
-                "problems": [asdict(problem) for problem in result.problems],
+                "problems": [dataclasses.asdict(problem) for problem in result.problems],
                 "untidy": list(result.untidy),
             }
             for result in results
