@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 from forgather_ckpt.errors import StructureError
@@ -51,6 +51,13 @@ class Layout:
     def coordinates(self) -> Iterator[Coordinate]:
         """All places on the mesh, in C order."""
         return itertools.product(*map(range, self.mesh))
+
+    def of_tensor(self, ndim: int) -> Self:
+        """The same of a tensor of `ndim` dimensions, where negative ones count from the end."""
+        placements = (
+            one if one is None or one.dim >= 0 else one._replace(dim=one.dim + ndim) for one in self.placements
+        )
+        return replace(self, placements=tuple(placements))
 
     def part(self, coordinate: Coordinate) -> Coordinate:
         """What tells places apart that hold different elements: the coordinate on the axes that cut."""

@@ -135,10 +135,11 @@ def local_part(tensor: "DTensor") -> torch.Tensor:
 def empty(
     shape: tuple[int, ...], dtype: torch.dtype, mesh: "DeviceMesh", placements: Sequence["Placement"]
 ) -> "DTensor":
-    """A DTensor of `shape` with uninitialised memory, made without communication."""
+    """A DTensor of `shape` with uninitialised memory, made without communication. As with torch's own functions, a
+    negative dimension in `placements` counts from the end."""
     from torch.distributed.tensor import DTensor
 
-    layout, place = mesh_layout(mesh, tuple(placements)).layout, coordinate_of(mesh)
+    layout, place = mesh_layout(mesh, tuple(placements)).layout.of_tensor(len(shape)), coordinate_of(mesh)
     size = (0,) if place is None else local_shape(layout, shape, place)
     device = torch.device(mesh.device_type)
     if device.type == "cuda":

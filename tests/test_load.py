@@ -1,12 +1,16 @@
 """Loading gives one verified state or a typed error: what is damaged, missing or of another shape is never mixed in."""
 
 import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from forgather_ckpt import CheckpointCoordinator, SharingPattern, StateComponent, paths
+from forgather_ckpt import CheckpointCoordinator, SharingPattern, StateComponent, Target, paths
 from forgather_ckpt.errors import (
     CheckpointDamaged,
     CheckpointError,
@@ -19,6 +23,7 @@ from forgather_ckpt.errors import (
 )
 from forgather_ckpt.hashtree import BLOCK_BYTES
 from tests.components import Box
+from tests.ranks import errors, run_ranks, values
 from tests.states import assert_same, tensor_bytes, tensor_of
 from tests.system_calls import watched
 
@@ -34,6 +39,14 @@ def job(run, *, pattern=GLOBAL, required=(), **states) -> tuple[CheckpointCoordi
     return CheckpointCoordinator(components, run), boxes
 
 
+class Choosing(Box):
+    """One that has nothing yet, and says where it wants what there is."""
+
+    def __init__(self, targets: Callable[[Mapping[str, Any]], dict[str, Target]]) -> None:
+        super().__init__({})
+        self.load_targets = targets
+
+
 def states(label: int) -> dict[str, dict]:
     """The states of three components; everything in them depends on the label."""
     return {
@@ -43,8 +56,8 @@ def states(label: int) -> dict[str, dict]:
     }  # fmt: skip
 
 
-def save(run, step, **contents):
-    coordinator, _ = job(run, **contents)
+def save(run, step, *, pattern=GLOBAL, **contents):
+    coordinator, _ = job(run, pattern=pattern, **contents)
     with coordinator:
         return coordinator.save_checkpoint(step)
 
@@ -629,3 +642,51 @@ def test_a_checkpoint_that_lost_its_manifest_is_not_taken_for_none(tmp_path):
         CheckpointDamaged, match=r"none of the 1 checkpoints .* no checkpoint_manifest\.json, but our indexes"
     ):
         run.load_checkpoint()
+
+
+# ---- state that does not exist yet
+
+TARGETS = {
+    "rows": [Shard(0), Replicate()],
+    "columns": [Replicate(), Shard(1)],
+    "columns, from the end": [Replicate(), Shard(-1)],
+    "both": [Shard(-2), Shard(-1)],
+    "all on one dimension": [Shard(1), Shard(1)],
+    "nothing": [Replicate(), Replicate()],
+}
+
+
+@pytest.mark.parametrize("placements", TARGETS.values(), ids=TARGETS)
+def test_what_does_not_exist_yet_is_made_where_its_stateful_says_on_a_mesh(placements, tmp_path):
+    whole = tensor_of("float32", (5, 6), seed=1)
+    save(tmp_path, 1, model={"w": whole, "other": torch.ones(2)}, pattern=REPLICATED)
+
+    def case(rank: int, world_size: int) -> Any:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        box = Choosing(lambda available: {"w": Target(mesh=mesh, placements=placements)})
+        with CheckpointCoordinator([StateComponent("model", box, REPLICATED)], tmp_path) as coordinator:
+            coordinator.load_checkpoint()
+        made = box.items["w"]
+        expected = distribute_tensor(whole, mesh, placements)
+        assert made.placements == expected.placements
+        assert tensor_bytes(made.to_local().clone()) == tensor_bytes(expected.to_local().clone())
+        return made.full_tensor(), type(box.items["other"])
+
+    for made, other in values(run_ranks(4, case)):
+        assert tensor_bytes(made) == tensor_bytes(whole)
+        assert other is torch.Tensor
+
+
+@pytest.mark.parametrize("dim", [-3, 2])
+def test_a_target_that_cuts_a_dimension_that_is_not_there_is_an_error(dim, tmp_path):
+    save(tmp_path, 1, model={"w": torch.zeros(4, 4)}, pattern=REPLICATED)
+
+    def case(rank: int, world_size: int) -> None:
+        mesh = init_device_mesh("cpu", (2,))
+        box = Choosing(lambda available: {"w": Target(mesh=mesh, placements=[Shard(dim)])})
+        with CheckpointCoordinator([StateComponent("model", box, REPLICATED)], tmp_path) as coordinator:
+            coordinator.load_checkpoint()
+
+    for told in errors(run_ranks(2, case)):
+        assert told.type_name == "LoadMismatch"
+        assert "'w', float32 [4, 4], cannot be made where it is to go" in told.message
