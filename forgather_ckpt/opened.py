@@ -85,6 +85,9 @@ class OpenCheckpoint:
         self._stored: dict[tuple[str, str], Stored] = {}
         self._files: dict[str, mmap.mmap | None] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # another process maps them for itself
+
     @property
     def step(self) -> int:
         return self.manifest.step

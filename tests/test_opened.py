@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -299,6 +300,17 @@ def test_without_verify_a_mapped_tensor_takes_no_memory_until_it_is_used(path):
     mapped, used = map(int, done.stdout.split())
     assert mapped < LARGE_BYTES // 8
     assert used > LARGE_BYTES // 2
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_another_process_is_given_an_open_checkpoint(path, verify):
+    """A data loader's workers are, where they are spawned."""
+    opened = open_checkpoint(path, verify=verify)
+    before = opened.tensor("model", "large").clone()
+    copy = pickle.loads(pickle.dumps(opened))
+    assert (copy.step, copy.names("model")) == (opened.step, opened.names("model"))
+    assert_same(copy.load("model"), opened.load("model"))
+    assert torch.equal(copy.tensor("model", "large"), before)
 
 
 def test_mappings_and_descriptors_are_given_back(path):
