@@ -21,7 +21,7 @@ from typing import Any
 
 from forgather_ckpt import catalog, files, hashtree, paths, strict_json
 from forgather_ckpt.environment import redact
-from forgather_ckpt.errors import FormatError, StorageError, UnsupportedVersion
+from forgather_ckpt.errors import CheckpointNotFound, FormatError, StorageError, UnsupportedVersion
 from forgather_ckpt.manifest import check_version
 from forgather_ckpt.strict_json import Fields
 
@@ -113,8 +113,9 @@ def read(path: Path, checkpoint: str) -> Annotations:
         return Annotations()
 
 
-def annotate(path: Path, change: Callable[[Annotations], Annotations]) -> Annotations:
+def annotate(path: Path, change: Callable[[Annotations], Annotations], *, digest: str | None = None) -> Annotations:
     """Replace the annotations of the committed checkpoint at `path` by what `change` makes of them; durable on return.
+    With `digest`, only if that is its manifest's: else it is `CheckpointNotFound`, as another one has taken its place.
 
     >>> annotate(path, lambda noted: dataclasses.replace(noted, is_pinned=True))
 
@@ -122,6 +123,8 @@ def annotate(path: Path, change: Callable[[Annotations], Annotations]) -> Annota
     newer format is refused, a damaged one is replaced.
     """
     checkpoint = catalog.read_checkpoint(path).manifest.digest
+    if digest not in (None, checkpoint):
+        raise CheckpointNotFound(f"{path} is another checkpoint by now: its step has been saved again", path=str(path))
     with files.typed_errors(path, "annotating the checkpoint"), _alone(path):
         try:
             before = load(path, checkpoint)

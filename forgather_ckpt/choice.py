@@ -7,7 +7,13 @@ from pathlib import Path
 
 from forgather_ckpt import annotations, catalog, files, paths, pruning, resume, retention
 from forgather_ckpt.catalog import Catalog, Checkpoint
-from forgather_ckpt.errors import CheckpointDamaged, CheckpointNotFound, DeclarationError, UnsupportedVersion
+from forgather_ckpt.errors import (
+    CheckpointDamaged,
+    CheckpointNotFound,
+    CheckpointQuarantined,
+    DeclarationError,
+    UnsupportedVersion,
+)
 from forgather_ckpt.names import printable
 from forgather_ckpt.policies import Best
 
@@ -18,15 +24,19 @@ def candidates(run: Path, which: str | int | Path | None, *, avoid: Collection[s
     """The checkpoints to try, in order: `which` of a run directory, or the one at a path.
 
     `avoid`: digests of manifests, such as of those at which the job died before; where the choice is ours (None or
-    "latest") they are passed over with a warning, and so are newer ones that a person has quarantined.
+    "latest") they are passed over with a warning.
 
-    `CheckpointNotFound` where there is none, or none but those to avoid; `CheckpointDamaged` where there is nothing but
-    damaged or quarantined ones.
+    Quarantined ones are passed over, newer ones with a warning, unless `which` is a step or a path.
+
+    `CheckpointNotFound` where there is none, or none but those to avoid; `CheckpointDamaged` or `CheckpointQuarantined`
+    where there is nothing but such ones.
     """
     if isinstance(which, Path) or (isinstance(which, str) and not resume.is_selector(which)):
         if isinstance(which, str) and os.sep not in which and not Path(which).is_dir():
             raise CheckpointNotFound(f"{which!r} selects no checkpoint; use {resume.SELECTORS}, or a path")
-        return [_read(Path(which))]
+        named = _read(Path(which))
+        _tell_of_quarantine([named], named)
+        return [named]
     with files.typed_errors(run, "looking for checkpoints"):
         found = catalog.scan(run)
     for rejected in found.rejected:
@@ -48,12 +58,17 @@ def candidates(run: Path, which: str | int | Path | None, *, avoid: Collection[s
             if step is not None and rejected.path.name == paths.checkpoint(step):
                 raise CheckpointDamaged(f"{err.message}; {rejected.path} is not whole: {rejected.reason}") from err
         raise
-    if which not in (None, "latest"):
-        return chosen
-    for path, reason in quarantined(found).items():
-        if any(one.path == path and one.manifest.sequence > chosen[0].manifest.sequence for one in found.checkpoints):
-            logger.warning("%s is passed over: quarantined: %s", path, printable(reason))
-    return _without(chosen, avoid, run)
+    _tell_of_quarantine(found.checkpoints, chosen[0])
+    return _without(chosen, avoid, run) if which in (None, "latest") else chosen
+
+
+def _tell_of_quarantine(found: Sequence[Checkpoint], chosen: Checkpoint) -> None:
+    aside = quarantined(found)
+    for one in found:
+        if one.path == chosen.path and one.path in aside:
+            logger.warning("%s is taken as it was named, though quarantined: %s", one.path, printable(aside[one.path]))
+        elif one.path in aside and chosen.path not in aside and one.manifest.sequence >= chosen.manifest.sequence:
+            logger.warning("%s is passed over: quarantined: %s", one.path, printable(aside[one.path]))
 
 
 def _without(chosen: list[Checkpoint], avoid: Collection[str], run: Path) -> list[Checkpoint]:
@@ -72,20 +87,12 @@ def _without(chosen: list[Checkpoint], avoid: Collection[str], run: Path) -> lis
 
 def chosen_of(found: Catalog, which: str | int | None, *, ranked: Sequence[Path] | None = None) -> list[Checkpoint]:
     """The checkpoints of a run directory to try, in order, as `resume.choose` has it, or `CheckpointNotFound`. One that
-    is quarantined is found by its step alone; `CheckpointDamaged` where there are only such.
+    is quarantined is found by its step alone; `CheckpointQuarantined` where there are only such.
 
     `ranked`: the best first; by default as `ranking` says.
     """
-    aside = {} if resume.step_of(which) is not None else quarantined(found)
-    by_path = {checkpoint.path: checkpoint for checkpoint in found.checkpoints if checkpoint.path not in aside}
-    if aside and not by_path:
-        # "none" would be an invitation to start afresh, over them
-        newest = found.checkpoints[0].path
-        raise CheckpointDamaged(
-            f"all checkpoints of {newest.parent} are quarantined, {newest.name}: {printable(aside[newest])}; name a step to "
-            "load it all the same",
-            path=str(newest),
-        )
+    checkpoints = found.checkpoints if resume.step_of(which) is not None else usable(found)
+    by_path = {checkpoint.path: checkpoint for checkpoint in checkpoints}
     if ranked is None:
         ranked = _ranked(found) if resume.is_by_rank(which) else []
     chosen = resume.choose(
@@ -96,10 +103,29 @@ def chosen_of(found: Catalog, which: str | int | None, *, ranked: Sequence[Path]
     return [by_path[one.path] for one in chosen]
 
 
-def quarantined(found: Catalog) -> dict[Path, str]:
-    """Those that a person has set aside, newest first, each with the reason."""
-    noted = {one.path: annotations.read(one.path, one.manifest.digest).quarantined for one in found.checkpoints}
-    return {path: reason for path, reason in noted.items() if reason is not None}
+def quarantined(found: Sequence[Checkpoint]) -> dict[Path, str]:
+    """Those that a person has set aside, and copies of them, in their order, each with the reason."""
+    reasons = {
+        one.manifest.digest: reason
+        for one in found
+        if (reason := annotations.read(one.path, one.manifest.digest).quarantined) is not None
+    }
+    return {one.path: reasons[one.manifest.digest] for one in found if one.manifest.digest in reasons}
+
+
+def usable(found: Catalog) -> list[Checkpoint]:
+    """Those that are not quarantined, newest first; `CheckpointQuarantined` where all are."""
+    aside = quarantined(found.checkpoints)
+    left = [one for one in found.checkpoints if one.path not in aside]
+    if aside and not left:
+        newest = found.checkpoints[0]
+        raise CheckpointQuarantined(
+            f"all checkpoints of {newest.path.parent} are quarantined, {newest.path.name}: "
+            f"{printable(aside[newest.path])}; name a step to load it all the same, or take it back: fgckpt unquarantine "
+            f"{newest.manifest.step}",
+            path=str(newest.path),
+        )
+    return left
 
 
 def ranking(found: Catalog) -> Best:

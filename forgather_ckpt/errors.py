@@ -10,6 +10,7 @@ CheckpointError
 │   └── NoSpace             … because there is no room
 ├── RunDirectoryInUse       another live job writes to this run directory
 ├── CheckpointNotFound      no committed checkpoint where one was asked for
+├── CheckpointQuarantined   there are some, and a person has set all of them aside
 ├── FormatError             a manifest or index cannot be believed
 │   └── UnsupportedVersion  … because it was written by a newer major version
 ├── CheckpointDamaged       stored bytes do not have the digest that was recorded
@@ -97,6 +98,10 @@ class CheckpointNotFound(CheckpointError):
     """There is no committed checkpoint where one was asked for."""
 
 
+class CheckpointQuarantined(CheckpointError):
+    """There are committed checkpoints, but all of them are quarantined: no choice among them is made without a person."""
+
+
 class FormatError(CheckpointError):
     """A manifest or an index cannot be believed: it is malformed, truncated or fails its own digest."""
 
@@ -130,6 +135,7 @@ _BY_NAME = {
         NoSpace,
         RunDirectoryInUse,
         CheckpointNotFound,
+        CheckpointQuarantined,
         FormatError,
         UnsupportedVersion,
         CheckpointDamaged,

@@ -132,10 +132,9 @@ def _validation(parts: Parts, findings: Mapping[int, Finding], reports: Sequence
 
 
 def _trusted(parts: Parts, findings: Mapping[int, Finding]) -> Ranks:
-    """The ranks that are in the majority of all portions; none where no copies differ."""
-    compared = [(portion, findings[number]) for number, portion in parts if number in findings]
-    minority = {rank for _, finding in compared for rank in finding.verdict.minority}
-    return tuple(sorted({rank for portion, _ in compared for rank in portion.holders} - minority)) if minority else ()
+    """Where copies differ: the ranks of which all that they hold was stored, as they are in no minority."""
+    minority = {rank for number, _ in parts if number in findings for rank in findings[number].verdict.minority}
+    return tuple(sorted({rank for _, portion in parts for rank in portion.holders} - minority)) if minority else ()
 
 
 def _excluded(parts: Parts, findings: Mapping[int, Finding]) -> tuple[str, ...]:

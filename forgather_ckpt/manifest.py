@@ -45,7 +45,7 @@ class Validation:
     level: ValidationLevel
     result: str
     num_items: int = 0
-    """How many were compared."""
+    """How many were compared; of sharded items, each part that has several holders counts."""
     seconds: float = 0.0
     """What taking digests and comparing bytes took on the rank that it took longest."""
 
@@ -80,7 +80,7 @@ class EntryRecord:
     digest: str
     validation: Validation = NOT_COMPARED
     trusted: Ranks = ()
-    """Where copies differed, the ranks whose state was stored though others had another."""
+    """Where copies differed, the ranks of which all that they held was stored: those in the minority of no item."""
     excluded: Sequence[str] = ()
     """The items that were not compared because the component says so: one rank's are stored."""
 
@@ -103,8 +103,8 @@ class ComponentRecord:
 
     @property
     def trusted(self) -> dict[str, Ranks]:
-        """By entry in which copies differed, the ranks whose state was stored."""
-        return {name: entry.trusted for name, entry in self.entries.items() if entry.trusted}
+        """By entry in which copies differed, the ranks of which all that they held was stored; there may be none."""
+        return {name: entry.trusted for name, entry in self.entries.items() if entry.validation.result == "differed"}
 
     @property
     def excluded(self) -> dict[str, Sequence[str]]:
@@ -340,7 +340,7 @@ def _entry_from_json(data: Fields, world_size: int) -> EntryRecord:
     if not all(rank < world_size for rank in ranks):
         raise FormatError(f"{data.where} names ranks {ranks} of a job of {world_size}")
     coordinates = data.data.get("coordinates")
-    validation = Fields(data.mapping("validation"), f"{data.where}, validation")
+    validation = Fields(data.optional_mapping("validation"), f"{data.where}, validation")
     return EntryRecord(
         ranks=ranks,
         coordinates=None if coordinates is None else tuple((axis, at, size) for axis, at, size in coordinates),
@@ -348,12 +348,18 @@ def _entry_from_json(data: Fields, world_size: int) -> EntryRecord:
         num_items=data.number("items"),
         num_bytes=data.number("bytes"),
         digest=data.digest("digest"),
-        validation=Validation(
-            level=ValidationLevel(validation.text("level")),
-            result=validation.text("result"),
-            num_items=validation.number("items"),
-            seconds=float(validation.data.get("seconds", 0.0)),
-        ),
-        trusted=tuple(validation.numbers("trusted")),
-        excluded=tuple(validation.texts("excluded")),
+        **(_validation_from_json(validation) if validation.data else {}),  # the first checkpoints did not tell
     )
+
+
+def _validation_from_json(data: Fields) -> dict[str, Any]:
+    return {
+        "validation": Validation(
+            level=ValidationLevel(data.text("level")),
+            result=data.text("result"),
+            num_items=data.number("items"),
+            seconds=float(data.data.get("seconds", 0.0)),
+        ),
+        "trusted": tuple(data.numbers("trusted")),
+        "excluded": tuple(data.texts("excluded")),
+    }

@@ -230,9 +230,10 @@ def _recipe(
     record = manifest.components[component.key]
     if record.trusted:
         logger.warning(
-            "component %r was saved although its copies differed; ranks outside %s get the majority's state",
+            "component %r was saved although its copies differed; all ranks but %s get the majority's state, at least of some "
+            "items",
             component.key,
-            {entry: describe(ranks) for entry, ranks in record.trusted.items()},
+            {entry: describe(ranks) or "none" for entry, ranks in record.trusted.items()},
         )
     if num_excluded := sum(len(names) for names in record.excluded.values()):
         logger.warning(

@@ -78,10 +78,12 @@ def decide(policy: Policy, found: Sequence[Stored], protected: Protected = Prote
 
 
 def countable(found: Sequence[Stored]) -> list[Stored]:
-    """What policies rank, newest first: of copies one, ours rather than a person's, and no quarantined ones."""
+    """What policies rank, newest first: of copies one, ours rather than a person's, and no quarantined ones, nor copies of
+    those."""
+    aside = {one.digest for one in found if one.is_quarantined}
     distinct: dict[str, Stored] = {}
     for one in _newest_first(found):
-        if not one.is_quarantined:
+        if one.digest not in aside:
             distinct.setdefault(one.digest, one)
     return list(distinct.values())
 

@@ -90,8 +90,9 @@ class Start:
     def _ask(self) -> prompt.Answer:
         """Rank 0: what the person who started the job wants to go on from."""
         found = pruning.survey(catalog.scan(self._run))
-        if not found or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            return "auto"  # which tells of damaged ones, or else starts fresh; torchrun's restarts go on with the job
+        if all(one.is_quarantined for one in found) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            # which tells of damaged or quarantined ones, or else starts fresh; torchrun's restarts go on with the job
+            return "auto"
         if not prompt.is_terminal():
             raise DeclarationError(prompt.without_terminal(self._run, found), path=str(self._run))
         best = next(iter(self._bests), None)
@@ -118,6 +119,7 @@ class Start:
     def _path_of_best(self, which: str) -> str:
         """Rank 0: of the best checkpoint, or the next best, by the policy of this job."""
         best, found = self._bests[0], catalog.scan(self._run)
+        choice.usable(found)  # or an error says that all are quarantined
         ranked = [one.path for one, _ in best.ranked(countable(pruning.survey(found)))]
         if not ranked:
             raise CheckpointNotFound(

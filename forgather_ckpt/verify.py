@@ -49,7 +49,8 @@ class Verification:
 
     path: Path
     step: int | None
-    """None where the manifest cannot be read."""
+    """None where the manifest cannot be read, and so is `digest`, which is the manifest's."""
+    digest: str | None
     num_files: int
     num_bytes: int
     problems: tuple[Problem, ...]
@@ -85,6 +86,7 @@ def verify(path: str | Path, *, on_progress: OnProgress = lambda num_done, num_t
     return Verification(
         path=path,
         step=None if manifest is None else manifest.step,
+        digest=None if manifest is None else manifest.digest,
         num_files=0 if manifest is None else len(manifest.files),
         num_bytes=0 if manifest is None else manifest.num_bytes,
         problems=tuple(problems),

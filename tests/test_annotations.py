@@ -123,6 +123,14 @@ def test_a_checkpoint_of_which_nothing_was_noted_has_no_annotations(tmp_path):
     assert load(commit_one(tmp_path, 1)) == Annotations()
 
 
+def test_what_was_said_of_a_checkpoint_is_not_noted_of_another_in_its_place(tmp_path):
+    path = commit_one(tmp_path, 1)
+    digest = catalog.read_checkpoint(path).manifest.digest
+    assert annotate(path, pin, digest=digest) == Annotations(is_pinned=True)
+    with pytest.raises(CheckpointNotFound, match="is another checkpoint by now"):
+        annotate(path, pin, digest="0" * 32)
+
+
 def test_annotations_are_changed_one_after_the_other(tmp_path):
     path = commit_one(tmp_path, 1)
     assert annotate(path, pin) == Annotations(is_pinned=True)

@@ -401,13 +401,23 @@ def test_show_tells_the_result_of_the_replication_check(
     compared = [Validation(ValidationLevel.TENSOR, "equal", num_items=n, seconds=n / 1000) for n in (2, 1)]
     differed = Validation(ValidationLevel.QUICK, "differed", num_items=3, seconds=1.25)
     stages = [
-        dataclasses.replace(model.entries["all"], ranks=ranks, validation=validation, excluded=excluded)
-        for ranks, validation, excluded in zip(((0, 1), (2, 3)), compared, (("mean", "var"), ("mean",)), strict=True)
+        dataclasses.replace(
+            model.entries["all"], ranks=ranks, num_items=num_items, validation=validation, excluded=excluded
+        )
+        for ranks, num_items, validation, excluded in (
+            ((0, 1), 4, compared[0], ("mean", "var")),
+            ((2, 3), 2, compared[1], ("mean",)),
+        )
     ]
+    sharded = dataclasses.replace(stages[1], num_items=1, validation=compared[0], excluded=())
+    partly = dataclasses.replace(stages[1], num_items=5)
+    nothing = dataclasses.replace(stages[1], validation=Validation(ValidationLevel.QUICK, "not compared"))
+    nobody = dataclasses.replace(stages[1], validation=Validation(ValidationLevel.QUICK, "differed", 2), trusted=(), excluded=())
     progress = components["progress"]
     entry = dataclasses.replace(progress.entries["all"], validation=differed, trusted=(0,))
     apart = dataclasses.replace(stages[0], validation=differed, trusted=(1,), excluded=())
-    entries = [(key, name) for key in ("model", "other") for name in ("pp=0/2", "pp=1/2")] + [("progress", "all")]
+    entries = [(key, name) for key in ("model", "other") for name in ("pp=0/2", "pp=1/2")]
+    entries += [(key, "all") for key in ("progress", "sharded", "partly", "nothing", "nobody")]
     make(
         10,
         topology=Topology(rank=0, world_size=4, nodes=((0, 1, 2, 3),), node_source="test"),
@@ -416,6 +426,10 @@ def test_show_tells_the_result_of_the_replication_check(
             "model": dataclasses.replace(model, entries=dict(zip(("pp=0/2", "pp=1/2"), stages, strict=True))),
             "progress": dataclasses.replace(progress, entries={"all": entry}),
             "other": dataclasses.replace(model, entries={"pp=0/2": apart, "pp=1/2": stages[1]}),
+            "sharded": dataclasses.replace(model, entries={"all": sharded}),
+            "partly": dataclasses.replace(model, entries={"all": partly}),
+            "nothing": dataclasses.replace(model, entries={"all": nothing}),
+            "nobody": dataclasses.replace(model, entries={"all": nobody}),
         },
         omitted={"sampler": "has no\nstate"},
     )
@@ -433,6 +447,10 @@ def test_show_tells_the_result_of_the_replication_check(
         ("progress", "all", "0", "QUICK: DIFFERED, saved from rank 0", "1,250.0 ms"),
         ("other", "pp=0/2", "0-1", "QUICK: DIFFERED, saved from rank 1", "1,250.0 ms"),
         ("other", *second),
+        ("sharded", "all", "2-3", "TENSOR: 2 parts equal on all holders", "2.0 ms"),
+        ("partly", "all", "2-3", "TENSOR: 1 of 5 items equal on all holders, 1 not compared", "1.0 ms"),
+        ("nothing", "all", "2-3", "72 B", "QUICK: not compared, 1 left out"),
+        ("nobody", "all", "2-3", "QUICK: DIFFERED, saved by the majority of each item", "0.0 ms"),
     ]
     assert "left out: sampler: has no\\nstate" in out
 
@@ -453,11 +471,9 @@ def test_show_lists_items_files_and_arguments(fgckpt: Fgckpt, make: Make, tmp_pa
 def test_show_json_is_the_manifest_and_the_items(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:
     path = make(10)
     data = fgckpt("show", "--json", "-d", tmp_path).data
-    assert data == {
-        "schema": "fgckpt.show/1",
-        "path": str(path),
-        "manifest": json.loads((path / paths.MANIFEST).read_bytes()),
-    }
+    noted = {"pinned": False, "quarantined": None, "notes": []}
+    manifest = json.loads((path / paths.MANIFEST).read_bytes())
+    assert data == {"schema": "fgckpt.show/1", "path": str(path), "manifest": manifest, **noted}
     items = fgckpt("show", "--json", "--tensors", "-d", tmp_path).data["items"]
     assert [item["name"] for item in items] == ["weight", "tied", "half", "step", "note\x1b[31m"]
     assert items[0] == {
@@ -549,6 +565,10 @@ def test_verify_sets_aside_what_is_damaged(fgckpt: Fgckpt, make: Make, tmp_path:
         one["step"]: (one["roles"], one["quarantined"]) for one in fgckpt("ls", tmp_path, "--json").data["checkpoints"]
     }
     assert states[20] == (["latest"], None)
+    assert fgckpt("ls", tmp_path).out.splitlines()[-1].endswith("resume → step 20")
+    assert fgckpt("ls", tmp_path, "--json").data["resume"]["step"] == 20
+    assert "\nquarantined: small" in fgckpt("show", "30", "-d", tmp_path).out
+    assert "block 1 of 1" in fgckpt("show", "30", "--json", "-d", tmp_path).data["quarantined"]
     assert all(states[step][0] == ["quarantined"] for step in (10, 30))
     assert "'half': block 1 of 1" in states[30][1]
     assert fgckpt("show", "-d", tmp_path).out.startswith("checkpoint-20  ")
@@ -559,6 +579,31 @@ def test_verify_sets_aside_what_is_damaged(fgckpt: Fgckpt, make: Make, tmp_path:
     assert fgckpt("verify", "--all", "-d", tmp_path).out.splitlines()[-1] == (
         f"→ to set aside what is damaged: fgckpt verify 30 10 --quarantine -d {tmp_path}"
     )
+
+
+def test_verify_does_not_blame_a_checkpoint_for_what_lay_in_its_place(
+    fgckpt: Fgckpt, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job saves the step again, or removes the checkpoint, while its bytes are being read."""
+    make(10)
+    damage(tensor_file(make(20)))
+    damage(tensor_file(make(30)))
+    offline = verification.offline.verify
+
+    def verify(directory: Path) -> Any:
+        result = offline(directory)
+        if not result.is_good:
+            shutil.rmtree(directory)
+            if directory.name == "checkpoint-20":
+                make(20, run_id="another")
+        return result
+
+    monkeypatch.setattr(verification.offline, "verify", verify)
+    result = fgckpt("verify", "--all", "--quarantine", "-d", tmp_path)
+    assert result.code == 0
+    assert [line.split()[:2] for line in result.out.splitlines()] == [["ok", "checkpoint-20"], ["ok", "checkpoint-10"]]
+    assert "checkpoint-30 is gone: it was removed meanwhile" in result.err
+    assert not (tmp_path / "checkpoint-20" / paths.ANNOTATIONS).exists()
 
 
 def test_verify_without_anything_good_left(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 import threading
@@ -369,9 +370,28 @@ def test_where_all_are_quarantined_a_step_must_be_named(fgckpt: Fgckpt, run: Pat
     found = [str(step) for step in steps(run)]
     fgckpt("quarantine", *found, "-d", run, "--why", "a bad disk")
     result = fgckpt("show", "-d", run)
-    assert result.code == 1
+    assert result.code == 3
     assert f"all checkpoints of {run} are quarantined, checkpoint-5: a bad disk; name a step" in result.err
-    assert fgckpt("ls", run).code == 0
+    assert "or take it back: fgckpt unquarantine 5" in result.err
+    assert fgckpt("ls", run).out.splitlines()[-1].endswith("resume refused: all checkpoints are quarantined")
+    assert fgckpt("ls", run, "--json").data["resume"] is None
+
+
+def test_only_what_is_quarantined_is_taken_back(fgckpt: Fgckpt, run: Path) -> None:
+    fgckpt("quarantine", "5", "4", "-d", run, "--why", "a bad disk")
+    for selector in ("latest", "best", "3"):
+        result = fgckpt("unquarantine", selector, "-d", run)
+        assert (result.code, result.out) == (3, "")
+        assert f"{selector!r} names no quarantined checkpoint" in result.err
+        assert "quarantined: checkpoint-5, checkpoint-4" in result.err
+    # as a job does that saves the step again
+    (run / "checkpoint-5").rename(run / "checkpoint-5.kept-5")
+    shutil.copytree(run / "checkpoint-3", run / "checkpoint-5")
+    assert "checkpoint-5.kept-5" in fgckpt("unquarantine", "5", "-d", run).out
+    assert noted(run / "checkpoint-5.kept-5").quarantined is None
+    assert fgckpt("unquarantine", run / "checkpoint-4", "-d", run).code == 0
+    assert fgckpt("ls", run).out.count("quarantined") == 0
+
 
 
 @pytest.mark.parametrize(

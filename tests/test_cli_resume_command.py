@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from forgather_ckpt import paths
+from forgather_ckpt.annotations import annotate
 from forgather_ckpt.cli import main
 from forgather_ckpt.manifest import CheckpointManifest
 from tests.checkpoints import commit_one
@@ -112,6 +113,13 @@ def test_compared_are_the_arguments_that_are_given_and_the_number_of_ranks(
         "samples per step": "risky",
     }
     assert {"8", "16"} <= set(rows["width"].split())
+
+
+def test_a_quarantined_checkpoint_is_resumed_from_knowingly(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:  # noqa: F811
+    annotate(make(4), lambda noted: dataclasses.replace(noted, quarantined="a bad disk"))
+    assert "note: the checkpoint is quarantined: a bad disk" in fgckpt("resume-command", "4", "-d", tmp_path).err
+    data = fgckpt("resume-command", "4", "-d", tmp_path, "--json").data
+    assert "the checkpoint is quarantined: a bad disk" in data["notes"]
 
 
 def test_json_has_the_words_and_the_changes(fgckpt: Fgckpt, make: Make, tmp_path: Path) -> None:  # noqa: F811

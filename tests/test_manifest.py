@@ -128,6 +128,15 @@ def test_sums_and_writers_come_from_the_entries():
     ]
 
 
+def test_a_checkpoint_of_the_first_version_does_not_tell_what_was_compared_of_an_entry():
+    content = json.loads(DATA)
+    for record in content["components"].values():
+        for entry in record["entries"].values():
+            del entry["validation"]
+    model = CheckpointManifest.from_bytes(sealed(content)).components["model"]
+    assert (model.validation, model.trusted, model.excluded) == (NOT_COMPARED, {}, {})
+
+
 def test_a_component_was_checked_as_strictly_and_differed_as_badly_as_any_of_its_entries():
     def component(*validations: Validation) -> Validation:
         stage = sample().components["stage"]

@@ -944,6 +944,41 @@ def test_the_manifest_tells_of_each_entry_what_was_compared(level: str, tmp_path
     assert both["seconds"] == max(entry["validation"]["seconds"] for entry in stage["entries"].values())
 
 
+def test_where_each_rank_is_in_some_minority_none_is_trusted_and_a_load_says_so(tmp_path: Path):
+    """Item a of all is another on rank 0, b of two on rank 1, c of two on rank 2."""
+
+    def case(rank: int, world_size: int) -> Any:
+        held = {"a": (0, 1, 2), "b": (0, 1), "c": (1, 2)}
+        state = {
+            name: torch.full((3,), float(rank == odd)) for odd, (name, on) in enumerate(held.items()) if rank in on
+        }
+        box = Box(state | {f"own.{rank}": torch.ones(1)})
+        component = StateComponent("x", box, PER_RANK, names="global", validation_level="quick")
+        with CheckpointCoordinator([component], tmp_path, on_mismatch="warn", timeout_seconds=600) as coordinator:
+            coordinator.save_checkpoint(1)
+            coordinator.load_checkpoint()
+        return {name: tensor.sum().item() for name, tensor in box.items.items() if "own" not in name}
+
+    outcomes = run_ranks(3, case)
+    assert values(outcomes) == [{"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 0.0, "c": 0.0}, {"a": 0.0, "c": 0.0}]
+    record = CheckpointManifest.load(tmp_path / "checkpoint-1").components["x"]
+    assert (record.validation.result, record.trusted) == ("differed", {"all": ()})
+    assert "all ranks but {'all': 'none'} get the majority's state" in outcomes[0].output
+
+
+def test_a_rank_that_is_in_no_minority_is_trusted_also_where_it_holds_nothing_that_was_compared(tmp_path: Path):
+    def case(rank: int, world_size: int) -> None:
+        state = {"a": torch.full((3,), float(rank == 1))} if rank < 3 else {}
+        box = Box(state | {f"own.{rank}": torch.ones(1)})
+        component = StateComponent("x", box, PER_RANK, names="global", validation_level="quick")
+        with CheckpointCoordinator([component], tmp_path, on_mismatch="warn", timeout_seconds=600) as coordinator:
+            coordinator.save_checkpoint(1)
+
+    values(run_ranks(4, case))
+    record = CheckpointManifest.load(tmp_path / "checkpoint-1").components["x"]
+    assert (record.validation.result, record.trusted) == ("differed", {"all": (0, 2, 3)})
+
+
 @pytest.mark.parametrize("declared", [None, "none", "tensor", "full"])
 def test_names_that_two_stages_share_are_compared(declared: str | None, tmp_path: Path):
     """A tied embedding on the first and the last stage: at QUICK unless the component says otherwise."""

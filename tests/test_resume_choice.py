@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from forgather_ckpt import catalog, choice, commit, paths
 from forgather_ckpt import manifest as manifest_module
 from forgather_ckpt.annotations import annotate
-from forgather_ckpt.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedVersion
+from forgather_ckpt.errors import CheckpointDamaged, CheckpointNotFound, CheckpointQuarantined, UnsupportedVersion
 from forgather_ckpt.resume import Candidate, choose, is_by_rank, is_selector, newest_first
 from tests.checkpoints import DATA_FILE, fill
 
@@ -246,11 +247,12 @@ def test_what_is_quarantined_is_taken_by_its_step_or_path_alone(tmp_path, caplog
     for path in (first, fourth):
         set_aside(path)
     assert steps(tmp_path, None) == steps(tmp_path, "latest") == [3, 2]
-    assert caplog.text.count(f"{fourth} is passed over: quarantined: it diverged") == 2
-    assert str(first) not in caplog.text  # an older one would not have been taken
     assert steps(tmp_path, "latest~1") == [2]
     assert steps(tmp_path, "best") == [2]
+    assert caplog.text.count(f"{fourth} is passed over: quarantined: it diverged") == 4
+    assert str(first) not in caplog.text  # an older one would not have been taken
     assert steps(tmp_path, 4) == steps(tmp_path, "step:4") == steps(tmp_path, fourth) == [4]
+    assert caplog.text.count(f"{fourth} is taken as it was named, though quarantined: it diverged") == 3
     assert choice.named(tmp_path).manifest.step == 3
     assert choice.named(f"{tmp_path}@4").manifest.step == 4
     with pytest.raises(CheckpointNotFound, match="committed steps: 3, 2"):
@@ -261,9 +263,17 @@ def test_where_all_are_quarantined_none_is_taken_and_no_run_starts_afresh(tmp_pa
     for step in (1, 2):
         set_aside(save(tmp_path, step), f"reason {step}")
     for which in (None, "latest", "latest~1", "best"):
-        with pytest.raises(CheckpointDamaged, match="are quarantined, checkpoint-2: reason 2; name a step"):
+        with pytest.raises(CheckpointQuarantined, match="are quarantined, checkpoint-2: reason 2; name a step"):
             steps(tmp_path, which)
     assert steps(tmp_path, 1) == [1]
+
+
+def test_a_copy_of_a_quarantined_checkpoint_is_none_to_take(tmp_path):
+    save(tmp_path, 1, 1.0)
+    second = save(tmp_path, 2, 0.5)
+    shutil.copytree(second, tmp_path / "backup")
+    set_aside(second)
+    assert steps(tmp_path, None) == steps(tmp_path, "latest") == steps(tmp_path, "best") == [1]
 
 
 def test_a_quarantine_that_cannot_be_read_is_none(tmp_path, caplog):

@@ -15,9 +15,9 @@ from torch import nn
 from forgather_ckpt.annotations import annotate
 from forgather_ckpt.component import StateComponent
 from forgather_ckpt.errors import (
-    CheckpointDamaged,
     CheckpointError,
     CheckpointNotFound,
+    CheckpointQuarantined,
     DeclarationError,
     ReplicaMismatch,
 )
@@ -514,8 +514,9 @@ def test_a_quarantined_checkpoint_is_passed_over_and_a_run_with_no_other_does_no
     annotate(second, lambda noted: dataclasses.replace(noted, quarantined="it diverged"))
     assert [go_on(choice) for choice in ("auto", True, 2)] == [first, first, second]
     annotate(first, lambda noted: dataclasses.replace(noted, quarantined="so did it"))
-    with pytest.raises(CheckpointDamaged, match="are quarantined, checkpoint-2: it diverged; name a step"):
-        go_on("auto")
+    for choice in ("auto", "latest", "best"):
+        with pytest.raises(CheckpointQuarantined, match="are quarantined, checkpoint-2: it diverged; name a step"):
+            go_on(choice)
 
 
 @pytest.mark.parametrize("choice", [7, "checkpoint-of-elsewhere"])

@@ -21,7 +21,13 @@ from forgather_ckpt.cli.removal import prune
 from forgather_ckpt.cli.resumption import resume_command_
 from forgather_ckpt.cli.text import printable
 from forgather_ckpt.cli.verification import verify
-from forgather_ckpt.errors import CheckpointError, CheckpointNotFound, RunDirectoryInUse, StorageError
+from forgather_ckpt.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CheckpointQuarantined,
+    RunDirectoryInUse,
+    StorageError,
+)
 
 
 class Exit(IntEnum):
@@ -43,7 +49,7 @@ _MEANINGS = {
         "done in time"
     ),
     Exit.USAGE: "wrong usage; with diff and bisect also: no telling, a checkpoint is damaged or of other digests",
-    Exit.NOT_FOUND: "no such run directory or checkpoint",
+    Exit.NOT_FOUND: "no such run directory or checkpoint, or none that is not quarantined",
     Exit.REFUSED: "refused, as a job writes to the run directory; with save and stop: as none does",
     Exit.IO: "the file system failed: not readable, no permission",
     Exit.INTERRUPTED: "interrupted",
@@ -55,7 +61,7 @@ _EPILOG = (
     "  best, best~1          the best by the metric of the training (eval_loss), the second best\n"
     "  emergency             the newest that a signal caused\n"
     "  epoch:3               the one of the end of the third epoch\n"
-    "  15000, step:15000     the checkpoint of that step, the only selector of quarantined ones\n"
+    "  15000, step:15000     the checkpoint of that step, also where it is quarantined\n"
     "  PATH                  a checkpoint directory\n"
     "  RUN, RUN@SELECTOR     with diff: the newest one of a run directory, or that one\n"
     "\n\b\nExit codes:\n" + "\n".join(f"  {code:<3}  {meaning}" for code, meaning in _MEANINGS.items())
@@ -120,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _code_of(error: CheckpointError) -> Exit:
     match error:
-        case CheckpointNotFound():
+        case CheckpointNotFound() | CheckpointQuarantined():
             return Exit.NOT_FOUND
         case RunDirectoryInUse():
             return Exit.REFUSED

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from forgather_ckpt import catalog, strict_json
+from forgather_ckpt import annotations, catalog, strict_json
 from forgather_ckpt.catalog import Checkpoint
 from forgather_ckpt.cli import listing, selection, table, text
 from forgather_ckpt.cli.table import Column, Table
@@ -36,7 +36,14 @@ def show(
     checkpoint = catalog.read_checkpoint(selection.find(run, selector))
     manifest = checkpoint.manifest
     if as_json:
-        data = {"path": str(checkpoint.path.absolute()), "manifest": _json_of(manifest)}
+        noted = annotations.read(checkpoint.path, manifest.digest)
+        data = {
+            "path": str(checkpoint.path.absolute()),
+            "manifest": _json_of(manifest),
+            "pinned": noted.is_pinned,
+            "quarantined": noted.quarantined,
+            "notes": list(noted.notes),
+        }
         if with_tensors:
             data["items"] = list(items(checkpoint))
         selection.write_json("fgckpt.show/1", data)
@@ -124,8 +131,15 @@ def _header(checkpoint: Checkpoint, now: datetime.datetime) -> Iterator[str]:
     )
     parent = manifest.parent
     before = f"after step {text.value(parent.get('step'))}" if isinstance(parent, Mapping) else "no parent"
+    noted = annotations.read(checkpoint.path, manifest.digest)
     run_id = "" if manifest.run_id is None else f"  run {text.printable(manifest.run_id)}"
     yield f"sequence {manifest.sequence}  {before}{run_id}  digest {manifest.digest}"
+    if noted.is_pinned:
+        yield "pinned"
+    if noted.quarantined is not None:
+        yield f"quarantined: {text.printable(noted.quarantined)}"
+    for note in noted.notes:
+        yield f"note: {text.printable(note)}"
 
 
 def _components(manifest: CheckpointManifest) -> Table:
@@ -187,19 +201,30 @@ def _pattern(record: ComponentRecord) -> str:
 def _check(entries: Mapping[str, EntryRecord]) -> str:
     """What was compared of some entries of a component, in one line."""
     found = summary(entry.validation for entry in entries.values())
+    num_items = sum(entry.num_items for entry in entries.values())
     num_excluded = sum(len(entry.excluded) for entry in entries.values())
     excluded = f", {num_excluded} not compared" if num_excluded else ""
     match found.result:
         case "equal":
-            return f"{found.level.name}: {text.plural(found.num_items, 'item')} equal on all holders{excluded}"
+            compared = text.plural(found.num_items, "part" if found.num_items > num_items else "item")
+            if found.num_items + num_excluded < num_items:
+                compared = f"{found.num_items:,} of {text.plural(num_items, 'item')}"
+            return f"{found.level.name}: {compared} equal on all holders{excluded}"
         case "differed":
-            of = {name: f"{text.printable(name)} " if len(entries) > 1 else "" for name in entries}
             trusted = "; ".join(
-                f"{of[name]}from rank {describe(entry.trusted)}" for name, entry in entries.items() if entry.trusted
+                f"{f'{text.printable(name)} ' if len(entries) > 1 else ''}{_source(entry)}"
+                for name, entry in entries.items()
+                if entry.validation.result == "differed"
             )
             return f"{found.level.name}: DIFFERED, saved {trusted}{excluded}"
+        case result if num_excluded:
+            return f"{found.level.name}: {text.printable(result)}, {num_excluded} left out"
         case result:
             return text.printable(result)
+
+
+def _source(entry: EntryRecord) -> str:
+    return f"from rank {describe(entry.trusted)}" if entry.trusted else "by the majority of each item"
 
 
 def _files(manifest: CheckpointManifest) -> Table:

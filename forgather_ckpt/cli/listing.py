@@ -157,11 +157,19 @@ def age_of(created: str, now: datetime.datetime) -> str:
         return "?"
 
 
+def _resumed_next(catalog: Catalog) -> Checkpoint | None:
+    """What a resume from "latest" takes, if it is not damaged."""
+    aside = choice.quarantined(catalog.checkpoints)
+    return next((one for one in catalog.checkpoints if one.path not in aside), None)
+
+
 def _summary(directory: Path, catalog: Catalog) -> str:
     if (newer := selection.of_newer_version(catalog)) is not None:
         resume = f"resume refused: {text.printable(newer.path.name)} is of a newer format"
+    elif (taken := _resumed_next(catalog)) is not None:
+        resume = f"resume → step {taken.manifest.step}"
     elif catalog.checkpoints:
-        resume = f"resume → step {catalog.checkpoints[0].manifest.step}"
+        resume = "resume refused: all checkpoints are quarantined"
     else:
         resume = "nothing to resume from"
     parts = [
@@ -180,8 +188,7 @@ def _summary(directory: Path, catalog: Catalog) -> str:
 
 
 def _data(directory: Path, catalog: Catalog, standings: Sequence[Standing]) -> dict[str, Any]:
-    is_open = catalog.checkpoints and selection.of_newer_version(catalog) is None
-    newest = catalog.checkpoints[0] if is_open else None
+    taken = _resumed_next(catalog) if selection.of_newer_version(catalog) is None else None
     return {
         "run": str(directory.absolute()),
         "checkpoints": [
@@ -208,6 +215,6 @@ def _data(directory: Path, catalog: Catalog, standings: Sequence[Standing]) -> d
             {"path": str(rejected.path.absolute()), "reason": rejected.reason} for rejected in catalog.rejected
         ],
         "unfinished": [str(path.absolute()) for path in catalog.unfinished],
-        "resume": None if newest is None else {"step": newest.manifest.step, "path": str(newest.path.absolute())},
+        "resume": None if taken is None else {"step": taken.manifest.step, "path": str(taken.path.absolute())},
         "free_bytes": files.free_bytes(directory),
     }

@@ -1,15 +1,17 @@
 """`fgckpt pin` and `quarantine`: a person's word that a checkpoint stays, whatever the policies say, or is set aside."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from forgather_ckpt import annotations, catalog
+from forgather_ckpt import annotations, catalog, choice, resume
 from forgather_ckpt.annotations import Annotations
+from forgather_ckpt.catalog import Checkpoint
 from forgather_ckpt.cli import selection, text
+from forgather_ckpt.errors import CheckpointNotFound
 
 Change = Callable[[Annotations], Annotations]
 
@@ -28,7 +30,7 @@ def pin(selectors: tuple[str, ...], run: Path, note: str | None, as_json: bool) 
 
     Pin checkpoints: neither a training nor `fgckpt prune` removes them, until `fgckpt unpin`. A job may be training.
     """
-    _annotate(selectors, run, as_json, "pinned", _noting(note, is_pinned=True))
+    _annotate(_find(run, selectors), as_json, "pinned", _noting(note, is_pinned=True))
 
 
 @click.command("unpin", short_help="Leave checkpoints to the policies again.")
@@ -42,7 +44,7 @@ def unpin(selectors: tuple[str, ...], run: Path, note: str | None, as_json: bool
 
     Take the pins away: the next save or `fgckpt prune` removes those that no policy keeps.
     """
-    _annotate(selectors, run, as_json, "unpinned", _noting(note, is_pinned=False))
+    _annotate(_find(run, selectors), as_json, "unpinned", _noting(note, is_pinned=False))
 
 
 @click.command("quarantine", short_help="Set checkpoints aside: no resume takes them by itself.")
@@ -57,7 +59,8 @@ def quarantine(selectors: tuple[str, ...], run: Path, why: str, as_json: bool) -
     Set checkpoints aside. "latest", "best" and the like pass over them, no policy counts them, and nothing removes them;
     only their step or path still names them. A job may be training.
     """
-    _annotate(selectors, run, as_json, "quarantined", lambda noted: dataclasses.replace(noted, quarantined=why))
+    found = _find(run, selectors)
+    _annotate(found, as_json, "quarantined", lambda noted: dataclasses.replace(noted, quarantined=why))
 
 
 @click.command("unquarantine", short_help="Take checkpoints for good again.")
@@ -68,9 +71,11 @@ def unquarantine(selectors: tuple[str, ...], run: Path, as_json: bool) -> None:
     """\b
     Example: fgckpt unquarantine 15000 -d runs/gpt2
 
-    Take back `fgckpt quarantine`, or what `fgckpt verify --quarantine` has done. Checkpoints are named by their steps.
+    Take back `fgckpt quarantine`, or what `fgckpt verify --quarantine` has done. Checkpoints are named by their steps or
+    paths.
     """
-    _annotate(selectors, run, as_json, "unquarantined", lambda noted: dataclasses.replace(noted, quarantined=None))
+    found = [one for selector in selectors for one in _find_quarantined(run, selector)]
+    _annotate(found, as_json, "unquarantined", lambda noted: dataclasses.replace(noted, quarantined=None))
 
 
 def _noting(note: str | None, *, is_pinned: bool) -> Change:
@@ -81,12 +86,29 @@ def _noting(note: str | None, *, is_pinned: bool) -> Change:
     return change
 
 
-def _annotate(selectors: tuple[str, ...], run: Path, as_json: bool, done: str, change: Change) -> None:
-    """Change what is noted of all that are meant; where one of them is not there, of none."""
-    found = [catalog.read_checkpoint(selection.find(run, selector)) for selector in selectors]
+def _find(run: Path, selectors: Sequence[str]) -> list[Checkpoint]:
+    return [catalog.read_checkpoint(selection.find(run, selector)) for selector in selectors]
+
+
+def _find_quarantined(run: Path, selector: str) -> list[Checkpoint]:
+    """The quarantined ones of a step, also where it has been saved again since, or the one at a path."""
+    if not resume.is_selector(selector):
+        found = _find(run, [selector])
+        aside = choice.quarantined(found)
+    else:
+        found = list(selection.scan(run).checkpoints)
+        aside = choice.quarantined(found)
+        found = [one for one in found if one.manifest.step == resume.step_of(selector)]
+    if meant := [one for one in found if one.path in aside]:
+        return meant
+    known = ", ".join(path.name for path in aside) or "none"
+    raise CheckpointNotFound(f"{selector!r} names no quarantined checkpoint, by its step or path; quarantined: {known}")
+
+
+def _annotate(found: Sequence[Checkpoint], as_json: bool, done: str, change: Change) -> None:
     told: list[dict[str, Any]] = []
     for checkpoint in {checkpoint.path.resolve(): checkpoint for checkpoint in found}.values():
-        noted = annotations.annotate(checkpoint.path, change)
+        noted = annotations.annotate(checkpoint.path, change, digest=checkpoint.manifest.digest)
         if not as_json:
             click.echo(f"{done} {text.printable(str(checkpoint.path))}")
         told.append(

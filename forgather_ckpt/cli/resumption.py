@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from forgather_ckpt import catalog
+from forgather_ckpt import annotations, catalog
+from forgather_ckpt.catalog import Checkpoint
 from forgather_ckpt.changes import NOT_RECORDED, Change, compare_arguments, text
 from forgather_ckpt.cli import selection
 from forgather_ckpt.cli.text import printable
@@ -92,13 +93,13 @@ def resume_command_(
                 "world_size": command.world_size,
                 "cwd": launch.get("cwd"),
                 "changes": [_json_of(change) for change in changes],
-                "notes": list(command.notes),
+                "notes": [*command.notes, *_quarantine_of(checkpoint)],
             },
         )
         return
     if compare:
         click.echo(text(changes, with_same=True, width=shutil.get_terminal_size((100, 24)).columns), err=True)
-    for note in command.notes:
+    for note in (*command.notes, *_quarantine_of(checkpoint)):
         click.echo(f"note: {printable(note)}", err=True)
     click.echo(str(command))
 
@@ -192,3 +193,8 @@ def _json_of(change: Change) -> dict[str, Any]:
         "verdict": change.verdict,
         "why": change.why,
     }
+
+
+def _quarantine_of(checkpoint: Checkpoint) -> list[str]:
+    reason = annotations.read(checkpoint.path, checkpoint.manifest.digest).quarantined
+    return [] if reason is None else [f"the checkpoint is quarantined: {reason}"]

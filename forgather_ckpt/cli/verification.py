@@ -1,6 +1,7 @@
 """`fgckpt verify`: check every byte of checkpoints against the digests taken when they were written."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import click
 
 from forgather_ckpt import annotations, catalog, choice, resume
 from forgather_ckpt import verify as offline
+from forgather_ckpt.annotations import Annotations
 from forgather_ckpt.cli import selection, table, text
 from forgather_ckpt.errors import CheckpointError, CheckpointNotFound
 from forgather_ckpt.resume import Candidate
@@ -39,6 +41,13 @@ def verify(selectors: tuple[str, ...], run: Path, every: bool, quarantine: bool,
     results = []
     for directory in dict.fromkeys(directories):
         result = _verify_one(directory)
+        while not result.is_good and result.digest != (now := _digest_at(directory)):
+            if now is None:
+                break
+            result = _verify_one(directory)  # a job has saved that step again meanwhile
+        if not result.is_good and not os.path.lexists(directory):
+            click.echo(f"fgckpt: {text.printable(str(directory))} is gone: it was removed meanwhile", err=True)
+            continue
         results.append(result)
         if not as_json:
             for line in _report(result):
@@ -95,13 +104,23 @@ def _report(result: Verification) -> Iterator[str]:
         yield f"         not part of it: {', '.join(map(text.printable, result.untidy[:_NUM_SHOWN]))}"
 
 
-def _quarantine(result: Verification) -> None:
+def _digest_at(directory: Path) -> str | None:
+    """Which checkpoint a directory holds now; None where it holds none."""
     try:
-        catalog.read_checkpoint(result.path)
+        return catalog.read_checkpoint(directory).manifest.digest
     except CheckpointError:
+        return None
+
+
+def _quarantine(result: Verification) -> None:
+    if _digest_at(result.path) is None:
         return  # nothing takes it for a checkpoint as it is
     reason = _sentence(result.problems[0])
-    annotations.annotate(result.path, lambda noted: dataclasses.replace(noted, quarantined=noted.quarantined or reason))
+
+    def change(noted: Annotations) -> Annotations:
+        return dataclasses.replace(noted, quarantined=noted.quarantined or reason)
+
+    annotations.annotate(result.path, change, digest=result.digest)
 
 
 def _sentence(problem: Problem) -> str:
@@ -122,7 +141,7 @@ def _advice(results: Sequence[Verification]) -> Iterator[str]:
     checked = {result.path.resolve() for result in results}
     for run in dict.fromkeys(path.parent for path in damaged):
         found = catalog.scan(run)
-        aside = choice.quarantined(found)
+        aside = choice.quarantined(found.checkpoints)
         whole = [one for one in found.checkpoints if one.path.resolve() in damaged]
         for one in whole:
             if one.path in aside:
