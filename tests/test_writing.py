@@ -114,17 +114,25 @@ def test_large_tensors_have_several_blocks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "state",
+    "make",
     [
-        {"large": torch.zeros(2 * MIB), "empty": torch.zeros(0)},
-        {"empty": torch.zeros(0), "large": torch.zeros(2 * MIB)},
-        {"a": torch.zeros(0, 3), "b": torch.zeros(4, 0), "c": torch.zeros(0, dtype=torch.int8)},
-        {"a": torch.zeros(2 * MIB), "b": torch.zeros(0), "c": torch.zeros(3), "d": torch.zeros(0), "e": torch.zeros(0)},
-        {"a": torch.ones(20 * MIB), "b": torch.zeros(0)},
+        lambda: {"large": torch.zeros(2 * MIB), "empty": torch.zeros(0)},
+        lambda: {"empty": torch.zeros(0), "large": torch.zeros(2 * MIB)},
+        lambda: {"a": torch.zeros(0, 3), "b": torch.zeros(4, 0), "c": torch.zeros(0, dtype=torch.int8)},
+        lambda: {
+            "a": torch.zeros(2 * MIB),
+            "b": torch.zeros(0),
+            "c": torch.zeros(3),
+            "d": torch.zeros(0),
+            "e": torch.zeros(0),
+        },
+        lambda: {"a": torch.ones(20 * MIB), "b": torch.zeros(0)},
     ],
     ids=["after a large one", "before a large one", "alone", "between", "after more than is in flight"],
 )
-def test_tensors_without_elements_have_a_place_and_a_digest(tmp_path, state):
+def test_tensors_without_elements_have_a_place_and_a_digest(tmp_path, make):
+    """Made by the test: what a module holds is copied, page table by page table, into every rank that is forked."""
+    state = make()
     [entry] = check_files(tmp_path, write(tmp_path, assign("model", state)))
     assert {row.name for row in entry.tensors} == set(state)
     assert all(row.digest == hashtree.digest(b"") for row in entry.tensors if row.num_bytes == 0)
