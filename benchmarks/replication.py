@@ -48,6 +48,7 @@ COMPARED_WITH = {
     "copy to the host, xxh3": ("reduction", "xxh3"),
     "copy to the host, SHA-1": ("reduction", "xxh3"),
     "xxh3": ("reduction", "xxh3"),
+    "SHA-1": ("reduction", "xxh3"),
     "reduction": ("reduction", "xxh3"),
     "broadcast": ("reduction", "xxh3"),
     "copy": ("reduction", "xxh3"),
@@ -141,6 +142,7 @@ def arms(flat: torch.Tensor, tensors: list[torch.Tensor], directory: Path, args:
         found["torch.hash_tensor"] = lambda: torch.stack([torch.hash_tensor(one) for one in words]).cpu()
     if flat.device.type == "cpu":
         found["xxh3"] = lambda: xxh3_128(flat.numpy().data.cast("B")).digest()
+        found["SHA-1"] = lambda: hashlib.sha1(flat.numpy().data.cast("B")).digest()
     elif not (args.skip_host or args.one_gpu):
         found["copy to the host, xxh3"] = host(lambda data: xxh3_128(data).digest())
         found["copy to the host, SHA-1"] = host(lambda data: hashlib.sha1(data).digest())

@@ -120,6 +120,8 @@ def timings(reports: Sequence[WriteReport]) -> dict[str, list[float]]:
 
 def _validation(parts: Parts, findings: Mapping[int, Finding], reports: Sequence[WriteReport]) -> Validation:
     compared = [(portion, findings[number]) for number, portion in parts if number in findings]
+    if not compared:
+        return NOT_COMPARED
     num_items = sum(portion.num_items - len(finding.excluded) for portion, finding in compared)
     if not num_items:
         result = NOT_COMPARED.result
@@ -127,8 +129,9 @@ def _validation(parts: Parts, findings: Mapping[int, Finding], reports: Sequence
         result = "equal"
     else:
         result = "differed"
-    seconds = (sum(report.check_seconds.get(number, 0.0) for number, _ in parts) for report in reports)
-    return Validation(strongest(finding.level for _, finding in compared), result, num_items, round(max(seconds), 6))
+    holders = {rank for portion, _ in compared for rank in portion.holders}
+    seconds = max(sum(reports[rank].check_seconds.get(number, 0.0) for number, _ in parts) for rank in holders)
+    return Validation(strongest(finding.level for _, finding in compared), result, num_items, round(seconds, 6))
 
 
 def _trusted(parts: Parts, findings: Mapping[int, Finding]) -> Ranks:

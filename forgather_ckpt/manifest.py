@@ -340,7 +340,8 @@ def _entry_from_json(data: Fields, world_size: int) -> EntryRecord:
     if not all(rank < world_size for rank in ranks):
         raise FormatError(f"{data.where} names ranks {ranks} of a job of {world_size}")
     coordinates = data.data.get("coordinates")
-    validation = Fields(data.optional_mapping("validation"), f"{data.where}, validation")
+    told = data.mapping("validation") if "validation" in data.data else _NOTHING_TOLD
+    validation = Fields(told, f"{data.where}, validation")
     return EntryRecord(
         ranks=ranks,
         coordinates=None if coordinates is None else tuple((axis, at, size) for axis, at, size in coordinates),
@@ -348,18 +349,16 @@ def _entry_from_json(data: Fields, world_size: int) -> EntryRecord:
         num_items=data.number("items"),
         num_bytes=data.number("bytes"),
         digest=data.digest("digest"),
-        **(_validation_from_json(validation) if validation.data else {}),  # the first checkpoints did not tell
+        validation=Validation(
+            level=ValidationLevel(validation.text("level")),
+            result=validation.text("result"),
+            num_items=validation.number("items"),
+            seconds=float(validation.data.get("seconds", 0.0)),
+        ),
+        trusted=tuple(validation.numbers("trusted")),
+        excluded=tuple(validation.texts("excluded")),
     )
 
 
-def _validation_from_json(data: Fields) -> dict[str, Any]:
-    return {
-        "validation": Validation(
-            level=ValidationLevel(data.text("level")),
-            result=data.text("result"),
-            num_items=data.number("items"),
-            seconds=float(data.data.get("seconds", 0.0)),
-        ),
-        "trusted": tuple(data.numbers("trusted")),
-        "excluded": tuple(data.texts("excluded")),
-    }
+_NOTHING_TOLD = {**_validation_to_json(NOT_COMPARED), "trusted": [], "excluded": []}
+"""Of the entries of the first checkpoints."""

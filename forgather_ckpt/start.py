@@ -119,9 +119,9 @@ class Start:
     def _path_of_best(self, which: str) -> str:
         """Rank 0: of the best checkpoint, or the next best, by the policy of this job."""
         best, found = self._bests[0], catalog.scan(self._run)
-        choice.usable(found)  # or an error says that all are quarantined
         ranked = [one.path for one, _ in best.ranked(countable(pruning.survey(found)))]
         if not ranked:
+            choice.usable(found)  # that all are quarantined is another error
             raise CheckpointNotFound(
                 f"{self._run} has no best checkpoint: none has a finite {best.metric!r}; name another one, 'latest' or a "
                 "step",

@@ -55,7 +55,7 @@ def ls(run: Path, as_json: bool) -> None:
     if catalog.checkpoints or catalog.rejected:
         metric = shown_metric([one.metrics for one in standings], best)
         table.write(listing(catalog, standings, metric, datetime.datetime.now(datetime.UTC)))
-    click.echo(_summary(run, catalog))
+    click.echo(_summary(run, catalog, standings))
 
 
 def _ranking(catalog: Catalog) -> Best | None:
@@ -157,16 +157,16 @@ def age_of(created: str, now: datetime.datetime) -> str:
         return "?"
 
 
-def _resumed_next(catalog: Catalog) -> Checkpoint | None:
-    """What a resume from "latest" takes, if it is not damaged."""
-    aside = choice.quarantined(catalog.checkpoints)
-    return next((one for one in catalog.checkpoints if one.path not in aside), None)
+def _resumed_next(catalog: Catalog, standings: Sequence[Standing]) -> Checkpoint | None:
+    """What a resume from "latest" takes, if it is not damaged; None where all are quarantined."""
+    pairs = zip(catalog.checkpoints, standings, strict=True)
+    return next((checkpoint for checkpoint, standing in pairs if "latest" in standing.roles), None)
 
 
-def _summary(directory: Path, catalog: Catalog) -> str:
+def _summary(directory: Path, catalog: Catalog, standings: Sequence[Standing]) -> str:
     if (newer := selection.of_newer_version(catalog)) is not None:
         resume = f"resume refused: {text.printable(newer.path.name)} is of a newer format"
-    elif (taken := _resumed_next(catalog)) is not None:
+    elif (taken := _resumed_next(catalog, standings)) is not None:
         resume = f"resume → step {taken.manifest.step}"
     elif catalog.checkpoints:
         resume = "resume refused: all checkpoints are quarantined"
@@ -188,7 +188,7 @@ def _summary(directory: Path, catalog: Catalog) -> str:
 
 
 def _data(directory: Path, catalog: Catalog, standings: Sequence[Standing]) -> dict[str, Any]:
-    taken = _resumed_next(catalog) if selection.of_newer_version(catalog) is None else None
+    taken = _resumed_next(catalog, standings) if selection.of_newer_version(catalog) is None else None
     return {
         "run": str(directory.absolute()),
         "checkpoints": [

@@ -41,9 +41,7 @@ def verify(selectors: tuple[str, ...], run: Path, every: bool, quarantine: bool,
     results = []
     for directory in dict.fromkeys(directories):
         result = _verify_one(directory)
-        while not result.is_good and result.digest != (now := _digest_at(directory)):
-            if now is None:
-                break
+        while not result.is_good and _digest_at(directory) not in (None, result.digest):
             result = _verify_one(directory)  # a job has saved that step again meanwhile
         if not result.is_good and not os.path.lexists(directory):
             click.echo(f"fgckpt: {text.printable(str(directory))} is gone: it was removed meanwhile", err=True)
